@@ -1,0 +1,204 @@
+"""Ascent rules: Optax transformations that turn a gradient into a perturbation."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sam_optax import _checks, _numerics
+from sam_optax._types import Mask, Normalization, Radius, transformation
+
+
+def dual_ascent(
+    rho: Radius,
+    *,
+    p: jax.typing.ArrayLike = 2.0,
+    normalization: Normalization | None = None,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The perturbation that raises the linearised loss most within radius rho.
+
+    The ascent step of SAM and ASAM, as an Optax transformation: a gradient
+    goes in, the perturbation e comes out, to be added with
+    `optax.apply_updates`. Use it inside `sharpness_aware`, alone, or in a
+    chain with filters of the gradient before it.
+
+        e = argmax <g, e> subject to ||T^-1 e||_p <= rho
+          = rho T sign(g) |T g|^(q-1) / ||T g||_q^(q-1),   1/p + 1/q = 1.
+
+    For p = 2 this is rho T^2 g / ||T g||_2; for p = inf, rho T sign(g); for
+    p = 1 all of it goes to the largest |T g| (ties share it).
+
+    Args:
+      rho: radius, at least 0: a number, a traced scalar, or a schedule of the
+        step. In the units of the parameters, or relative to them under a
+        normalization.
+      p: order of the norm that bounds e, from 1 to infinity. A traced p works
+        (`optax.inject_hyperparams` makes it one unless named in static_args)
+        at the cost of a power per parameter.
+      normalization: the operator T, a function from params to a tree like
+        params whose leaves are positive and broadcast against them
+        (`elementwise`, `filterwise`, `layerwise`, or your own). None is T = 1.
+      mask: tree of booleans like params or a prefix of it, or a function from
+        params to one. Leaves under False are not perturbed and do not count
+        in the norm.
+
+    Returns:
+      A transformation. Its update needs params if a normalization or a mask
+      function is given; e has the structure, shapes and dtypes of the
+      gradient. Its state is empty for a constant rho and holds the step count
+      for a schedule. A zero gradient gives e = 0; a gradient with NaN or
+      infinity gives e = NaN, so that guards against non-finite steps see it.
+
+    Raises:
+      ValueError: if rho is negative or p is below 1; at the call, if params
+        are needed and missing, or T or the mask does not fit the gradient.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sam_optax
+      >>> ascent = sam_optax.dual_ascent(rho=0.5)
+      >>> params, grads = jnp.array([1.0, 1.0]), jnp.array([3.0, 4.0])
+      >>> perturbation, state = ascent.update(grads, ascent.init(params), params)
+      >>> print(perturbation, optax.apply_updates(params, perturbation))
+      [0.3 0.4] [1.3 1.4]
+
+    References:
+      Foret et al., `Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2010.01412>`_, 2020, equation 2; Kwon et al.,
+      `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, equation 9.
+
+    Note:
+      No gradient evaluation. Norms are taken in float32 or wider after
+      division by the largest entry, so gradients of 1e30 or 1e-30, or scaled
+      for float16, give the same perturbation.
+    """
+    _checks.at_least("rho", rho, 0.0)
+    _checks.at_least("p", p, 1.0)
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del extra_args
+        radius, state = scheduled(rho, state)
+        grads, treedef = jax.tree.flatten(updates)
+        chosen = _chosen(mask, treedef, grads, params)
+        scales = _scales(normalization, treedef, grads, params)
+        perturbable = [i for i, use in enumerate(chosen) if use]
+        perturbations = _dual(
+            [grads[i] for i in perturbable], [scales[i] for i in perturbable], radius, p
+        )
+        result = [_zero(g) for g in grads]
+        for i, e in zip(perturbable, perturbations, strict=True):
+            result[i] = e.astype(jnp.result_type(grads[i]))
+        return jax.tree.unflatten(treedef, result), state
+
+    return transformation(lambda params: count_for(rho), update)
+
+
+def count_for(value: Radius) -> optax.OptState:
+    """State of a hyper-parameter: a count of steps for a schedule, else empty."""
+    if callable(value):
+        return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+    return optax.EmptyState()
+
+
+def scheduled(value: Radius, state: Any) -> tuple[Any, optax.OptState]:
+    """Value of a hyper-parameter at this step, and its next state."""
+    if callable(value):
+        return value(state.count), optax.ScaleByScheduleState(optax.safe_increment(state.count))
+    return value, state
+
+
+def _dual(
+    grads: list[Any], scales: list[Any], radius: Any, p: jax.typing.ArrayLike
+) -> list[jax.Array]:
+    """The equation of `dual_ascent` on the perturbed leaves.
+
+    With v = T g and x = v / max|v| the largest entry is 1 and cancels:
+    e = rho T sign(x) |x|^(q-1) / (sum |x|^q)^(1/p), since (q-1)/q = 1/p. With
+    r = q - 1 = 1/(p-1), the limits p = 1 (r = inf: 1 at the maximum, else 0)
+    and p = inf (r = 0) need no case of their own.
+    """
+    if not grads:
+        return []
+    largest, x = _numerics.scaled(
+        [_numerics.widened(g) * t for g, t in zip(grads, scales, strict=True)]
+    )
+    zero = largest == 0
+    if _is_two(p):
+        directions = x
+        total = sum(jnp.sum(_numerics.abs_square(a)) for a in x)
+        norm = jnp.sqrt(jnp.where(zero, 1, total))
+    else:
+        order = jnp.asarray(p, largest.dtype)
+        # A division may miss 1 by an ulp, which the infinite power of p = 1 would not forgive.
+        one = 1 - 4 * jnp.finfo(largest.dtype).eps
+        powers = [jnp.where(jnp.abs(a) > one, 1, jnp.abs(a)) ** (1 / (order - 1)) for a in x]
+        directions = [jnp.sign(a) * b for a, b in zip(x, powers, strict=True)]
+        total = sum(jnp.sum(jnp.abs(a) * b) for a, b in zip(x, powers, strict=True))
+        norm = jnp.where(zero, 1, total) ** (1 / order)
+    # sign() would hide an infinite gradient for p = inf.
+    length = jnp.where(jnp.isfinite(largest), radius / norm, jnp.nan)
+    return [d * t * length for d, t in zip(directions, scales, strict=True)]
+
+
+def _is_two(p: Any) -> bool:
+    return not _checks.is_traced(p) and float(p) == 2.0
+
+
+def _zero(grad: Any) -> jax.Array:
+    dtype = jnp.result_type(grad)
+    # The gradient of an integer leaf is float0, which nothing can be added to.
+    return jnp.zeros(jnp.shape(grad), jnp.int32 if dtype == jax.dtypes.float0 else dtype)
+
+
+def _chosen(mask: Mask | None, treedef: Any, grads: list[Any], params: Any) -> list[bool]:
+    """Which leaves are perturbed."""
+    if mask is None:
+        masks: list[Any] = [True] * len(grads)
+    else:
+        if callable(mask):
+            _checks.given("params", params, "the mask is a function of them")
+            mask = mask(params)
+        tree = jax.tree.unflatten(treedef, grads)
+        try:
+            full = jax.tree.map(lambda m, part: jax.tree.map(lambda _: m, part), mask, tree)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"mask must have the structure of params or a prefix of it: {error}"
+            ) from error
+        masks = jax.tree.leaves(full)
+        for entry in masks:
+            if not isinstance(entry, bool | np.bool_ | jax.Array):
+                raise ValueError(f"mask must hold booleans, got {entry!r}")
+    return [bool(m) and _numerics.is_perturbable(g) for m, g in zip(masks, grads, strict=True)]
+
+
+def _scales(
+    normalization: Normalization | None,
+    treedef: Any,
+    grads: list[Any],
+    params: Any,
+) -> list[Any]:
+    """The diagonal of T, leaf by leaf; 1 without a normalization."""
+    if normalization is None:
+        return [1] * len(grads)
+    _checks.given("params", params, "the normalization is a function of them")
+    try:
+        scales = treedef.flatten_up_to(normalization(params))
+    except ValueError as error:
+        raise ValueError(
+            f"normalization must return a tree with the structure of params: {error}"
+        ) from error
+    for scale, grad in zip(scales, grads, strict=True):
+        if jnp.broadcast_shapes(jnp.shape(scale), jnp.shape(grad)) != jnp.shape(grad):
+            raise ValueError(
+                "normalization must return leaves that broadcast against params, "
+                f"got shape {jnp.shape(scale)} for a leaf of shape {jnp.shape(grad)}"
+            )
+    return scales

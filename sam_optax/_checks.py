@@ -1,0 +1,91 @@
+"""Checks of arguments: every message names the argument, the rule and the value."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is known only when the compiled program runs."""
+    return isinstance(value, Tracer)
+
+
+def has_traced(*trees: Any) -> bool:
+    """Whether any leaf of the trees is traced."""
+    return any(is_traced(leaf) for leaf in jax.tree.leaves(trees))
+
+
+def at_least(name: str, value: Any, bound: float) -> None:
+    """Requires a number of at least `bound`; schedules and traced values pass."""
+    if _is_number(name, value) and not value >= bound:  # catches NaN as well
+        raise ValueError(f"{name} must be at least {bound}, got {value}")
+
+
+def in_interval(name: str, value: Any, interval: str) -> None:
+    """Requires a number in an interval written as in "[0, 1)"; schedules and traced values pass."""
+    if not _is_number(name, value):
+        return
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below):
+        raise ValueError(f"{name} must be in {interval}, got {value}")
+
+
+def _is_number(name: str, value: Any) -> bool:
+    """Whether the value is known now; known values must be single numbers."""
+    if callable(value) or is_traced(value):
+        return False
+    number = np.asarray(value)
+    if number.shape != () or number.dtype.kind not in "biuf":
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return True
+
+
+def integer_at_least(name: str, value: Any, bound: int, traced: bool = False) -> None:
+    """Requires an integer of at least `bound`, and a static one unless traced ones are allowed."""
+    if traced and is_traced(value):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name} must be an integer known when building, got {value!r}")
+    at_least(name, value, bound)
+
+
+def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Requires one of a few names."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def given(name: str, value: Any, use: str) -> None:
+    """Requires an argument of `update` that Optax leaves optional."""
+    if value is None:
+        raise ValueError(f"{name} must be given to update ({use}), got None")
+
+
+def same_structure(name: str, tree: Any, reference: Any) -> None:
+    """Requires the structure and shapes of `reference`; names the first path that differs."""
+
+    def shapes(tree: Any) -> list[tuple[str, tuple[int, ...]]]:
+        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return [(jax.tree_util.keystr(path) or "the root", np.shape(leaf)) for path, leaf in flat]
+
+    found, expected = shapes(tree), shapes(reference)
+    if jax.tree.structure(tree) == jax.tree.structure(reference) and found == expected:
+        return
+    expected = [*expected, ("no further leaf", ())]
+    found = [*found, ("no further leaf", ())]
+    for (want, want_shape), (got, got_shape) in zip(expected, found, strict=False):
+        if (want, want_shape) != (got, got_shape):
+            raise ValueError(
+                f"{name} must have the structure of the gradients given to update: "
+                f"first difference at {want} of shape {want_shape}, "
+                f"got {got} of shape {got_shape}"
+            )
+    raise ValueError(
+        f"{name} must have the structure of the gradients given to update: "
+        f"expected {jax.tree.structure(reference)}, got {jax.tree.structure(tree)}"
+    )

@@ -1,0 +1,96 @@
+"""LookSAM: a cadence whose skipped steps reuse what the others remember."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sam_optax import _checks, _numerics
+from sam_optax._ascent import dual_ascent
+from sam_optax._sharpness_aware import sharpness_aware
+from sam_optax._types import Radius, transformation
+
+
+def look_sam(
+    rho: Radius = 0.05, k: int = 5, alpha: jax.typing.ArrayLike = 0.7
+) -> optax.GradientTransformationExtraArgs:
+    r"""LookSAM: SAM every k steps, and its lasting part reused in between.
+
+    The part of SAM's gradient orthogonal to the clean one changes slowly, so
+    it is kept and added to the clean gradients of the next steps. A part of
+    SAM's gain for a part of its extra cost.
+
+        every k steps:  out = g_s,  keep g_v = g_s - <g_s, u> u,  u = g/||g||
+        otherwise:      out = g + alpha ||g|| g_v/||g_v||
+
+    Args:
+      rho: radius, at least 0: a number, a traced scalar or a schedule.
+      k: steps between two evaluations of g_s, at least 1; 1 is SAM.
+      alpha: weight of the part that is reused, at least 0.
+
+    Returns:
+      A transformation with state: chain it. Norms and projections run over all
+      leaves; weight decay belongs after it and is not seen by it.
+
+    Raises:
+      ValueError: if rho or alpha is negative or k below 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, sam_optax
+      >>> loss_fn, w = lambda w: w[0] ** 2 + 10 * w[1] ** 2, jnp.array([1.0, 0.1])
+      >>> tx = sam_optax.look_sam(rho=0.1, k=2)
+      >>> state = tx.init(w)
+      >>> for _ in range(2):
+      ...     out, state = tx.update(jax.grad(loss_fn)(w), state, w, value_fn=loss_fn)
+      ...     print(out)
+      [2.14 3.41]
+      [0.6 3.4]
+
+    References:
+      Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2203.02714>`_, 2022, algorithm 1. No code of the
+      authors was found.
+
+    Note:
+      1 + 1/k gradient evaluations a step; one copy of the parameters in the
+      state.
+    """
+    _checks.integer_at_least("k", k, 1)
+    _checks.at_least("alpha", alpha, 0.0)
+
+    def keep(
+        updates: optax.Updates,
+        state: Any,
+        params: Any = None,
+        *,
+        clean: optax.Updates,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.Updates]:
+        del params, extra_args
+        _, u = _numerics.norm_and_unit(clean)
+        along = _numerics.inner(updates, u)
+        part = _numerics.map_wide(lambda g_s, u: g_s - along * u, updates, u)
+        # Where g_s is parallel to g the rest is rounding, which reuse() would blow up.
+        length, _ = _numerics.norm_and_unit(part)
+        whole, _ = _numerics.norm_and_unit(updates)
+        noise = 10 * max(jnp.finfo(x.dtype).eps for x in jax.tree.leaves(state)) * whole
+        new = _numerics.map_wide(lambda kept, v: jnp.where(length > noise, v, 0), state, part)
+        return updates, _numerics.keep_if_nonfinite(updates, new, state)
+
+    def reuse(
+        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.Updates]:
+        del params, extra_args
+        length, _ = _numerics.norm_and_unit(updates)
+        _, direction = _numerics.norm_and_unit(state)
+        mixed = _numerics.map_wide(lambda g, d: g + alpha * length * d, updates, direction)
+        return mixed, state
+
+    zeros = optax.tree.zeros_like
+    return sharpness_aware(
+        dual_ascent(rho),
+        transformation(zeros, keep),
+        when=lambda count: count % k == 0,
+        otherwise=transformation(zeros, reuse),
+    )

@@ -1,0 +1,153 @@
+"""Arithmetic on pytrees of parameters: float32 or wider, any leaf types.
+
+Leaves that are integers or booleans (and the float0 gradients JAX gives them)
+or that have no elements are never perturbed and count in no norm.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_perturbable(leaf: Any) -> bool:
+    """Whether a leaf is a non-empty array of floating or complex numbers."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and np.size(leaf) > 0
+
+
+def widened(x: jax.typing.ArrayLike) -> jax.Array:
+    """The array in float32, or in its own dtype where that is wider."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def abs_square(x: jax.Array) -> jax.Array:
+    """|x|^2, real also for complex x."""
+    return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
+
+
+def map_wide(fn: Callable[..., Any], first: Any, *rest: Any) -> Any:
+    """`jax.tree.map` in float32 or wider; dtypes, and leaves that are not perturbed, of `first`."""
+
+    def leaf_map(leaf: Any, *others: Any) -> Any:
+        if not is_perturbable(leaf):
+            return leaf
+        return fn(widened(leaf), *map(widened, others)).astype(jnp.result_type(leaf))
+
+    return jax.tree.map(leaf_map, first, *rest)
+
+
+def movable(gradients: Any) -> Any:
+    """The gradients as something to add to params: float0, of integer leaves, becomes 0."""
+
+    def leaf(g: Any) -> Any:
+        is_float0 = jnp.result_type(g) == jax.dtypes.float0
+        return jnp.zeros(jnp.shape(g), jnp.int32) if is_float0 else g
+
+    return jax.tree.map(leaf, gradients)
+
+
+def as_key(key: int | jax.Array) -> jax.Array:
+    """A typed key, from a seed or a key."""
+    return jax.random.key(int(key)) if isinstance(key, int | np.integer) else key
+
+
+def key_stream(key: int | jax.Array) -> tuple[jax.Array, Callable[..., Any]]:
+    """A key as plain data, which any checkpoint can hold, and how to draw from it.
+
+    The function returned takes the data and a number n, and gives the data of
+    the next step and n keys for this one.
+    """
+    first = as_key(key)
+    kind = jax.random.key_impl(first)
+
+    def draw(data: jax.Array, n: int = 1) -> tuple[jax.Array, jax.Array]:
+        keys = jax.random.split(jax.random.wrap_key_data(data, impl=kind), n + 1)
+        return jax.random.key_data(keys[0]), keys[1:]
+
+    return jax.random.key_data(first), draw
+
+
+def keep_if_nonfinite(gradient: Any, new: Any, old: Any) -> Any:
+    """The new memory, or the old one if the gradient is not finite.
+
+    A guard that skips a non-finite step leaves what stands before it in the
+    chain as it is; an average would never forget the step.
+    """
+    leaves = [x for x in jax.tree.leaves(gradient) if is_perturbable(x)]
+    finite = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in leaves], True)
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+
+def random_normal(key: jax.Array, tree: Any) -> Any:
+    """Standard normal noise like the tree; zero where it is not perturbed."""
+    leaves, treedef = jax.tree.flatten(tree)
+    noise = [
+        # The zeros lend it the sharding of the leaf.
+        jax.random.normal(k, x.shape, x.dtype) + jnp.zeros_like(x)
+        if is_perturbable(x)
+        else jnp.zeros_like(x)
+        for k, x in zip(jax.random.split(key, max(len(leaves), 1)), leaves, strict=False)
+    ]
+    return jax.tree.unflatten(treedef, noise)
+
+
+def scaled(leaves: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+    """The largest |entry| of all leaves, and the leaves divided by it (or by 1 if it is 0).
+
+    Sums of powers of the quotients neither overflow nor underflow. Where the
+    scale cancels, as in every use here, no derivative needs to flow through it.
+    """
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x)) for x in leaves])
+    largest = jax.lax.stop_gradient(largest)
+    divisor = jnp.where(largest == 0, 1, largest)
+    return largest, [x / divisor for x in leaves]
+
+
+def norm_and_unit(tree: Any) -> tuple[jax.Array, Any]:
+    """The global norm |v| and the direction v/|v| (0 for v = 0), in float32 or wider."""
+    leaves, treedef = jax.tree.flatten(tree)
+    wide = [widened(x) if is_perturbable(x) else None for x in leaves]
+    if all(x is None for x in wide):
+        return jnp.zeros([], jnp.float32), tree
+    largest, quotients = scaled([x for x in wide if x is not None])
+    square = sum(jnp.sum(abs_square(x)) for x in quotients)
+    norm = jnp.sqrt(jnp.where(largest == 0, 1, square))
+    parts = iter(quotients)
+    units = [
+        leaf if x is None else next(parts) / norm for leaf, x in zip(leaves, wide, strict=True)
+    ]
+    return largest * norm, jax.tree.unflatten(treedef, units)
+
+
+def inner(a: Any, b: Any) -> jax.Array:
+    """The real inner product over all leaves, in float32 or wider."""
+    products = [
+        jnp.sum((jnp.conj(widened(x)) * widened(y)).real)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        if is_perturbable(x)
+    ]
+    return sum(products, start=jnp.zeros([], jnp.float32))
+
+
+def safe_norm(x: jax.Array, axis: Any = None, keepdims: bool = False) -> jax.Array:
+    """Euclidean norm with a gradient of zero, not NaN, at x = 0."""
+    square = jnp.sum(abs_square(x), axis=axis, keepdims=keepdims)
+    zero = square == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
+
+
+def conjugate(tree: Any) -> Any:
+    """Turns gradients of jax.grad into directions of steepest ascent, and back.
+
+    For a complex leaf jax.grad returns the conjugate of that direction, and
+    Optax expects the direction; real leaves are the same in both.
+    """
+
+    def conj(x: Any) -> Any:
+        return jnp.conj(x) if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating) else x
+
+    return jax.tree.map(conj, tree)

@@ -1,0 +1,254 @@
+"""m-sharpness: micro-batches and mapped axes equal a plain Python loop over the groups."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_reference as ref
+import optax
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+import sam_optax
+from sam_optax import _axes
+
+METHOD = sam_optax.asam(0.3)
+
+
+def loss_fn(params, x, y, *, weight=1.0):
+    loss = weight * ref.loss(jnp, params, (x, y))
+    return loss, {"statistics": jnp.mean(x, axis=0) * params["b2"]}
+
+
+@pytest.fixture
+def problem(x64):
+    params, (x, y) = ref.network(examples=16)
+    return jax.tree.map(jnp.asarray, params), jnp.asarray(x), jnp.asarray(y)
+
+
+def loop_over_groups(params, x, y, groups):
+    """The definition: each group perturbs with its own gradient, then one mean."""
+    total = None
+    for xs, ys in zip(jnp.split(x, groups), jnp.split(y, groups), strict=True):
+        (loss, aux), g = jax.value_and_grad(loss_fn, has_aux=True)(params, xs, ys)
+        e = ref.ascent(
+            jax.tree.map(np.asarray, g),
+            ref.operator("elementwise", jax.tree.map(np.asarray, params), 0.01, False),
+            0.3,
+            2.0,
+        )
+        _, g_s = jax.value_and_grad(loss_fn, has_aux=True)(optax.apply_updates(params, e), xs, ys)
+        out = ((loss, aux), g_s)
+        total = out if total is None else jax.tree.map(jnp.add, total, out)
+    return jax.tree.map(lambda t: t / groups, total)
+
+
+def assert_same(a, b):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13), a, b)
+
+
+def sharp(**options):
+    return sam_optax.value_and_grad(loss_fn, METHOD, has_aux=True, **options)
+
+
+def mesh():
+    return jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+
+
+def shard_mapped(f, check_vma):
+    P = PartitionSpec
+    return jax.jit(
+        jax.shard_map(
+            f,
+            mesh=mesh(),
+            in_specs=(P(), P("batch"), P("batch")),
+            out_specs=P(),
+            check_vma=check_vma,
+        )
+    )
+
+
+def over_leading_axis(transform, f, groups=8):
+    def mapped(params, x, y):
+        split = lambda a: a.reshape(groups, -1, *a.shape[1:])
+        f_mapped = transform(f, axis_name="batch", in_axes=(None, 0, 0), out_axes=None)
+        return f_mapped(params, split(x), split(y))
+
+    return mapped
+
+
+@pytest.mark.parametrize(
+    "wrap, size, unroll",
+    [(jax.jit, size, unroll) for size in (1, 4, 16) for unroll in (1, True)]
+    + [(jax.jit, 4, 2), (lambda f: f, 4, 1)],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_microbatches(problem, size, unroll, wrap):
+    params, x, y = problem
+    out = wrap(sharp(microbatch_size=size, unroll=unroll))(params, x, y)
+    assert_same(out, loop_over_groups(params, x, y, 16 // size))
+
+
+ROUTES = {
+    "pmap": lambda f: over_leading_axis(jax.pmap, f),
+    "vmap": lambda f: over_leading_axis(jax.vmap, f),
+    "shard_map": lambda f: shard_mapped(f, True),
+    "shard_map unchecked": lambda f: shard_mapped(f, False),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+@pytest.mark.parametrize("size", [None, 1])
+def test_devices_and_both_together(problem, route, size):
+    params, x, y = problem
+    out = route(sharp(axis_name="batch", microbatch_size=size))(params, x, y)
+    assert_same(out, loop_over_groups(params, x, y, 8 if size is None else 16))
+
+
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_pmean_in_a_chain(problem, route, synchronised):
+    """After sam: per-device m-sharpness. Also inside the ascent: one shared perturbation."""
+    params, x, y = problem
+    rule = sam_optax.dual_ascent(0.3, normalization=sam_optax.elementwise())
+    ascent = optax.chain(sam_optax.pmean("batch"), rule) if synchronised else rule
+    tx = optax.chain(sam_optax.sharpness_aware(ascent), sam_optax.pmean("batch"))
+
+    def step(params, x, y):
+        grad_fn = lambda w: jax.grad(loss_fn, has_aux=True)(w, x, y)[0]
+        return tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]
+
+    def varied(params, x, y):
+        # Under replication checking JAX sums the gradient of what does not vary.
+        return step(_axes.vary(params, "batch"), x, y)
+
+    expected = loop_over_groups(params, x, y, 1 if synchronised else 8)[1]
+    assert_same(route(varied)(params, x, y), expected)
+
+
+def all_reduced_elements(compiled):
+    """Elements moved by all-reduces of a compiled program (operations may be merged)."""
+    import re
+
+    total = 0
+    for line in compiled.as_text().splitlines():
+        found = re.search(r"= (.*) all-reduce(-start)?\(", line)
+        if found:
+            for shape in re.findall(r"[a-z]\d+\[([\d,]*)\]", found.group(1)):
+                total += int(np.prod([int(n) for n in shape.split(",") if n] or [1]))
+    return total
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_one_parameter_volume_is_all_reduced(problem, check_vma):
+    params, x, y = problem
+    size = sum(w.size for w in jax.tree.leaves(params))
+    compiled = shard_mapped(sharp(axis_name="batch"), check_vma).lower(params, x, y).compile()
+    extras = 1 + 3  # the loss and the statistics
+    assert all_reduced_elements(compiled) == size + extras
+
+
+def test_loss_is_traced_once(problem):
+    traces = []
+
+    def counted(*args):
+        traces.append(1)
+        return loss_fn(*args)
+
+    for options in ({"microbatch_size": 4}, {"microbatch_size": 4, "unroll": True}):
+        traces.clear()
+        jax.jit(sam_optax.grad(counted, METHOD, has_aux=True, **options))(*problem)
+        assert len(traces) == 1
+
+
+def test_memory_does_not_grow_with_the_groups(problem):
+    params = {"w": jnp.ones((64, 64))}
+
+    def temp(groups):
+        step = sam_optax.grad(
+            lambda p, x: jnp.mean(jnp.tanh(x @ p["w"]) ** 2), METHOD, microbatch_size=8
+        )
+        compiled = jax.jit(step).lower(params, jnp.ones((8 * groups, 64))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temp(64) <= 1.05 * temp(4)
+
+
+def test_only_named_arguments_are_split(problem):
+    params, x, y = problem
+
+    def loss(params, x, statistics, *, y):
+        assert statistics.shape == (16,) and x.shape[0] == y.shape[0] == 4
+        return ref.loss(jnp, params, (x, y)) + 0 * jnp.sum(statistics)
+
+    step = sam_optax.value_and_grad(loss, METHOD, microbatch_size=4, batch_argnums=(1, "y"))
+    loss, grads = step(params, x, jnp.ones(16), y=y)
+    (expected, _), expected_grads = loop_over_groups(params, x, y, 4)
+    assert_same((loss, grads), (expected, expected_grads))
+
+
+def test_pytrees_scalars_and_keys_among_the_arguments(problem):
+    """Keys are folded with the index of the group; scalars are shared."""
+    params, x, y = problem
+    key = jax.random.key(3)
+
+    def loss(params, batch, key, weight):
+        noise = jax.random.normal(key, ())
+        return (weight + noise) * ref.loss(jnp, params, (batch["x"], batch["y"]))
+
+    step = sam_optax.value_and_grad(loss, sam_optax.sam(0.2), microbatch_size=8)
+    out = jax.jit(step)(params, {"x": x, "y": y}, key, 2.0)
+    plain = sam_optax.value_and_grad(loss, sam_optax.sam(0.2))
+    halves = [
+        plain(params, {"x": x[s], "y": y[s]}, jax.random.fold_in(key, i), 2.0)
+        for i, s in enumerate((slice(0, 8), slice(8, 16)))
+    ]
+    assert_same(out, jax.tree.map(lambda a, b: (a + b) / 2, *halves))
+
+
+def test_both_passes_of_a_group_share_the_key(problem):
+    params, x, _ = problem
+    drawn = []
+
+    def loss(params, x, key):
+        noise = jax.random.normal(key, ())
+        jax.debug.callback(lambda n: drawn.append(float(n)), noise)
+        return jnp.mean(params["b2"] * x) + jnp.sum(params["b2"] ** 2)
+
+    step = jax.jit(sam_optax.grad(loss, sam_optax.sam(0.2), microbatch_size=8))
+    jax.block_until_ready(step(params, x, jax.random.key(0)))
+    jax.effects_barrier()
+    assert len(drawn) == 4 and len(set(drawn)) == 2
+
+
+def test_aux_stacked_on_request_and_integers_refused(problem):
+    params, x, y = problem
+
+    def loss(params, x, y):
+        value = ref.loss(jnp, params, (x, y))
+        return value, {"index": jnp.arange(4), "rows": x}
+
+    with pytest.raises(TypeError, match=r"aux must be floating.*got int\d+ at aux\['index'\]"):
+        sam_optax.grad(loss, METHOD, has_aux=True, microbatch_size=4)(params, x, y)
+    step = sam_optax.grad(loss, METHOD, has_aux=True, microbatch_size=4, average_aux=False)
+    _, aux = step(params, x, y)
+    np.testing.assert_array_equal(aux["index"], np.tile(np.arange(4), (4, 1)))
+    np.testing.assert_array_equal(aux["rows"].reshape(16, -1), x)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"microbatch_size": 5}, "microbatch_size 5 and a batch of 16"),
+        ({"microbatch_size": 4, "batch_argnums": 3}, "batch_argnums must be positions.*got 3"),
+        ({"microbatch_size": 4, "batch_argnums": "z"}, "batch_argnums must be positions.*got 'z'"),
+        ({"microbatch_size": 4, "batch_argnums": ()}, "batch_argnums must name at least one array"),
+        ({"microbatch_size": 4}, r"one common first axis to split, got lengths \[16, 15\]"),
+    ],
+)
+def test_errors(problem, options, message):
+    params, x, y = problem
+    y = y[:15] if "lengths" in message else y
+    with pytest.raises(ValueError, match=message):
+        sharp(**options)(params, x, y)

@@ -1,0 +1,72 @@
+"""The public face: names, docstrings, the examples."""
+
+import importlib.metadata
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import sam_optax
+import sam_optax.draw
+import sam_optax.landscape
+import sam_optax.nnx
+import sam_optax.sharpness
+
+ROOT = pathlib.Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("**/*.py"))
+MODULES = (sam_optax, sam_optax.draw, sam_optax.landscape, sam_optax.nnx, sam_optax.sharpness)
+FUNCTIONS = [
+    (module, name)
+    for module in MODULES
+    for name in getattr(module, "__all__", ("value_and_grad",))
+    if inspect.isfunction(getattr(module, name))
+]
+
+
+def test_names_are_sorted_and_real():
+    assert list(sam_optax.__all__) == sorted(sam_optax.__all__)
+    assert all(hasattr(sam_optax, name) for name in sam_optax.__all__)
+    assert (ROOT / "sam_optax" / "py.typed").exists()
+
+
+def test_version_stands_in_one_place():
+    assert importlib.metadata.version("sam-optax") == sam_optax.__version__
+    assert sam_optax.__version__ not in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_core_needs_jax_and_optax_alone():
+    required = importlib.metadata.requires("sam-optax") or []
+    core = {re.split(r"[^\w-]", r)[0] for r in required if "extra ==" not in r}
+    assert core == {"jax", "optax"}
+    code = "import sys, sam_optax; assert not {'flax', 'chex', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("module, name", FUNCTIONS, ids=lambda x: getattr(x, "__name__", x))
+def test_docstrings_say_all(module, name):
+    doc = inspect.getdoc(getattr(module, name)) or ""
+    for section in ("Args:", "Returns:", "Raises:", "Example:", ">>>", "References:"):
+        assert section in doc, f"{name} lacks {section}"
+    assert doc.splitlines()[0].endswith(".")
+    for parameter in inspect.signature(getattr(module, name)).parameters:
+        assert re.search(rf"^\s*\**{parameter}: ", doc, re.M), (
+            f"{name} does not describe {parameter}"
+        )
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run_with_small_settings(path, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(path), "--quick", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Warning" not in done.stderr, done.stderr[-2000:]
+    figures = list(tmp_path.glob("**/*.png"))
+    assert figures and all(figure.stat().st_size > 10_000 for figure in figures)
+    assert len(done.stdout.splitlines()) > 3  # a table

@@ -119,32 +119,38 @@ def _dual(
 ) -> list[jax.Array]:
     """The equation of `dual_ascent` on the perturbed leaves.
 
-    With v = T g and x = v / max|v| the largest entry is 1 and cancels:
-    e = rho T sign(x) |x|^(q-1) / (sum |x|^q)^(1/p), since (q-1)/q = 1/p. With
-    r = q - 1 = 1/(p-1), the limits p = 1 (r = inf: 1 at the maximum, else 0)
-    and p = inf (r = 0) need no case of their own.
+    With v = T g and x = v/s, the scale s cancels: e = rho T sign(x) |x|^(q-1) /
+    (sum |x|^q)^(1/p), since (q-1)/q = 1/p. For p = 2, s is 1 wherever squares
+    neither over- nor underflow; otherwise s = max|v|, so that the largest |x|
+    is 1. With r = q - 1 = 1/(p-1), the limits p = 1 (r = inf: 1 at the maximum,
+    else 0) and p = inf (r = 0) then need no case of their own.
     """
     if not grads:
         return []
-    largest, x = _numerics.scaled(
-        [_numerics.widened(g) * t for g, t in zip(grads, scales, strict=True)]
-    )
-    zero = largest == 0
     if _is_two(p):
-        directions = x
-        total = sum(jnp.sum(_numerics.abs_square(a)) for a in x)
-        norm = jnp.sqrt(jnp.where(zero, 1, total))
+        v = [
+            g if t is None else _numerics.widened(g) * t for g, t in zip(grads, scales, strict=True)
+        ]
+        scale, norm = _numerics.scale_and_norm(v)
+        directions = [_numerics.widened(a) / _numerics.nonzero(scale) for a in v]
     else:
-        order = jnp.asarray(p, largest.dtype)
+        v = [
+            _numerics.widened(g) * (1 if t is None else t)
+            for g, t in zip(grads, scales, strict=True)
+        ]
+        scale, x = _numerics.scaled(v)
+        order = jnp.asarray(p, scale.dtype)
         # A division may miss 1 by an ulp, which the infinite power of p = 1 would not forgive.
-        one = 1 - 4 * jnp.finfo(largest.dtype).eps
+        one = 1 - 4 * jnp.finfo(scale.dtype).eps
         powers = [jnp.where(jnp.abs(a) > one, 1, jnp.abs(a)) ** (1 / (order - 1)) for a in x]
         directions = [jnp.sign(a) * b for a, b in zip(x, powers, strict=True)]
         total = sum(jnp.sum(jnp.abs(a) * b) for a, b in zip(x, powers, strict=True))
-        norm = jnp.where(zero, 1, total) ** (1 / order)
+        norm = jnp.where(scale == 0, 1, total) ** (1 / order)
     # sign() would hide an infinite gradient for p = inf.
-    length = jnp.where(jnp.isfinite(largest), radius / norm, jnp.nan)
-    return [d * t * length for d, t in zip(directions, scales, strict=True)]
+    length = jnp.where(jnp.isfinite(scale), radius / norm, jnp.nan)
+    return [
+        d * length if t is None else d * t * length for d, t in zip(directions, scales, strict=True)
+    ]
 
 
 def _is_two(p: Any) -> bool:
@@ -185,9 +191,9 @@ def _scales(
     grads: list[Any],
     params: Any,
 ) -> list[Any]:
-    """The diagonal of T, leaf by leaf; 1 without a normalization."""
+    """The diagonal of T, leaf by leaf; None without a normalization."""
     if normalization is None:
-        return [1] * len(grads)
+        return [None] * len(grads)
     _checks.given("params", params, "the normalization is a function of them")
     try:
         scales = treedef.flatten_up_to(normalization(params))

@@ -86,8 +86,6 @@ def chart(
             "params must be real for a measure of the Hessian (keep complex leaves out by mask), "
             f"got {[jnp.result_type(leaves[i]).name for i in index]}"
         )
-    if normalization is None:
-        return Chart(params, [None] * len(index), index)
     scales = _ascent._scales(normalization, treedef, leaves, params)
     return Chart(params, [scales[i] for i in index], index)
 

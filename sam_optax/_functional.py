@@ -20,7 +20,8 @@ def value_and_grad(
     axis_name: _axes.AxisName | None = None,
     microbatch_size: int | None = None,
     batch_argnums: int | str | Sequence[int | str] | None = None,
-    unroll: int | bool = 1,
+    unroll: int | bool | None = None,
+    vectorize: int | bool = 1,
     average_aux: bool = True,
     allow_int: bool = False,
 ) -> Callable[..., Any]:
@@ -48,14 +49,21 @@ def value_and_grad(
         which loss, gradient and aux are averaged. Each device perturbs with
         its own gradient. Fold `jax.lax.axis_index` into keys yourself.
       microbatch_size: examples per group, at least 1; has to divide the batch.
-        Groups are contiguous, run one after another in constant memory, and
+        Groups are contiguous, run one after another in the memory of one, and
         each gets its own key, `jax.random.fold_in(key, index)`, of every typed
-        key among the arguments. Use under jit.
+        key among the arguments. Use under jit. Of a batch sharded over a mesh
+        of explicit axes each group stays spread over the devices; where the
+        axes are automatic, prefer `jax.shard_map` with axis_name.
       batch_argnums: the arguments that microbatch_size splits along their first
         axis: positions as in loss_fn (params is 0) or names of keyword
         arguments. By default all positional ones; scalars and keys stay whole.
-      unroll: of the loop over groups, as in `jax.lax.scan`. True writes it out,
-        which convolutions on CPU need to be fast.
+      unroll: of the loop over groups, as in `jax.lax.scan`; True writes it out.
+        By default a loop, except on CPU where the loss holds a convolution,
+        whose gradient XLA compiles badly inside of loops there. Compile time
+        and program grow with the groups written out.
+      vectorize: groups evaluated together by `jax.vmap`; has to divide their
+        number, True for all of them. Memory grows with it. Worth it where one
+        group cannot fill the device.
       average_aux: average aux over groups, which then has to be floating or
         complex; otherwise devices keep their own and micro-batches are stacked
         on a new first axis.
@@ -66,9 +74,9 @@ def value_and_grad(
       ((loss, aux), grads) with has_aux; grads is like params.
 
     Raises:
-      ValueError: for unknown aux_from or a microbatch_size below 1; at the
-        call, for a transform with state, or a batch that microbatch_size does
-        not divide.
+      ValueError: for unknown aux_from, or microbatch_size or vectorize below 1;
+        at the call, for a transform with state, a batch that microbatch_size
+        does not divide, or groups that vectorize does not divide.
       TypeError: at the call, for integer aux where an average is asked for.
 
     Example:
@@ -91,6 +99,7 @@ def value_and_grad(
     _checks.one_of("aux_from", aux_from, ("clean", "perturbed"))
     if microbatch_size is not None:
         _checks.integer_at_least("microbatch_size", microbatch_size, 1)
+    _checks.integer_at_least("vectorize", int(vectorize), 1)
 
     def group_value_and_grad(params: Any, args: Any, kwargs: Any) -> Any:
         """((loss, aux), grads) of one group of examples."""
@@ -150,6 +159,7 @@ def value_and_grad(
                 size=microbatch_size,
                 argnums=batch_argnums,
                 unroll=unroll,
+                vectorize=vectorize,
                 stack_aux=not average_aux,
             )
         if axis_name is not None:

@@ -5,11 +5,13 @@ groups in strides, which is not how devices share a batch; groups here are
 contiguous, so that micro-batches and devices give the same numbers.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from sam_optax import _numerics
 
@@ -21,10 +23,11 @@ def mean_over_groups(
     *,
     size: int,
     argnums: int | str | Sequence[int | str] | None,
-    unroll: int | bool,
+    unroll: int | bool | None,
+    vectorize: int | bool,
     stack_aux: bool,
 ) -> Any:
-    """Mean of ((loss, aux), grads) over groups, in the memory of one group."""
+    """Mean of ((loss, aux), grads) over groups, in the memory of those evaluated together."""
     if argnums is None:
         argnums = range(1, len(args) + 1)
     elif isinstance(argnums, int | str):
@@ -35,12 +38,13 @@ def mean_over_groups(
     is_batch = [
         b and not _is_key(x) and jnp.ndim(x) > 0 for b, x in zip(is_batch, leaves, strict=True)
     ]
-    groups = _number_of_groups(size, [x for b, x in zip(is_batch, leaves, strict=True) if b])
-    split = [
-        jnp.reshape(x, (groups, size, *jnp.shape(x)[1:]))
-        for b, x in zip(is_batch, leaves, strict=True)
-        if b
-    ]
+    batch = [x for b, x in zip(is_batch, leaves, strict=True) if b]
+    groups = _number_of_groups(size, batch)
+    together = _number_together(vectorize, groups)
+    one_by_one = together == 1
+    axes = (groups, size) if one_by_one else (groups // together, together, size)
+    split = [_split(x, *axes) for x in batch]
+    indices = jnp.arange(groups).reshape(axes[:-1])
 
     @jax.jit
     def evaluate(index: jax.Array, group: list[jax.Array]) -> Any:
@@ -53,17 +57,71 @@ def mean_over_groups(
             ((loss, grads, {}), aux) if stack_aux else ((loss, grads, check_averageable(aux)), None)
         )
 
-    def body(total: Any, group: Any) -> Any:
-        averaged, stacked = evaluate(*group)
+    # Abstract evaluation fills the cache of the jitted function: one trace in all.
+    first = jax.tree.map(lambda x: x[0] if one_by_one else x[0, 0], (indices, split))
+    program, (like, _) = jax.make_jaxpr(evaluate, return_shape=True)(*first)
+    if unroll is None:
+        # XLA compiles the gradient of a convolution badly inside of loops on a CPU.
+        unroll = jax.default_backend() == "cpu" and _convolves(program)
+
+    def body(total: Any, part: Any) -> Any:
+        if unroll is True or unroll > 1:  # True == 1 in Python
+            part = _after(total, part)
+        if one_by_one:
+            averaged, stacked = evaluate(*part)
+        else:
+            averaged, stacked = jax.vmap(evaluate)(*part)
+            averaged = jax.tree.map(_sum_over_first_axis, averaged)
         return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, averaged), stacked
 
-    indices = jnp.arange(groups)
-    # Abstract evaluation fills the cache of the jitted function: one trace in all.
-    like, _ = jax.eval_shape(evaluate, indices[0], [x[0] for x in split])
     zeros = jax.tree.map(lambda x: _numerics.widened(jnp.zeros_like(x)), like)
     total, aux = jax.lax.scan(body, zeros, (indices, split), unroll=unroll)
     loss, grads, averaged_aux = jax.tree.map(lambda t, x: (t / groups).astype(x.dtype), total, like)
+    aux = jax.tree.map(lambda x: x.reshape(groups, *x.shape[len(axes) - 1 :]), aux)
     return (loss, aux if stack_aux else averaged_aux), grads
+
+
+def _split(x: Any, *sizes: int) -> jax.Array:
+    """The first axis cut into axes of these sizes, the last of which stays spread over devices."""
+    x = jnp.asarray(x)
+    shape = (*sizes, *x.shape[1:])
+    # Only a mesh of explicit axes tells the sharding here, and only there it is asked for.
+    first, *rest = (*jax.typeof(x).sharding.spec, None)[: x.ndim]
+    if first is None:
+        return jnp.reshape(x, shape)
+    mesh = jax.typeof(x).sharding.mesh
+    shards = math.prod(mesh.shape[name] for name in ([first] if isinstance(first, str) else first))
+    spread = first if sizes[-1] % shards == 0 else None
+    spec = PartitionSpec(*[None] * (len(sizes) - 1), spread, *rest)
+    return jax.lax.reshape(x, shape, out_sharding=spec)
+
+
+def _sum_over_first_axis(x: jax.Array) -> jax.Array:
+    """As a product, because XLA sums over a leading axis some fifty times slower on a CPU."""
+    wide = _numerics.widened(x)
+    ones = jnp.ones(len(x), wide.dtype)
+    return jnp.tensordot(ones, wide, 1, precision=jax.lax.Precision.HIGHEST)
+
+
+def _after(done: Any, part: Any) -> Any:
+    """The part, tied to a result so that nothing is done with it until that is there.
+
+    Groups written out would otherwise all be evaluated at once, in the memory
+    of all. XLA drops `jax.lax.optimization_barrier` on a CPU before it decides
+    on the order, but keeps a condition that it cannot see is never met.
+    """
+    probe = sum(jnp.real(x).ravel()[0].astype(jnp.float32) for x in jax.tree.leaves(done) if x.size)
+    never = jax.lax.bitcast_convert_type(probe, jnp.int32) | 1 == 0
+    return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), part)
+
+
+def _convolves(program: Any) -> bool:
+    """Whether a program, or one inside of it, holds a convolution."""
+    return any(
+        eqn.primitive.name == "conv_general_dilated"
+        or any(_convolves(p) for p in jax.tree.leaves(eqn.params) if hasattr(p, "eqns"))
+        for eqn in program.eqns
+    )
 
 
 def check_averageable(aux: Any) -> Any:
@@ -107,6 +165,16 @@ def _number_of_groups(size: int, batch: list[Any]) -> int:
             f"and a batch of {lengths[0]}"
         )
     return lengths[0] // size
+
+
+def _number_together(vectorize: int | bool, groups: int) -> int:
+    together = groups if vectorize is True else vectorize
+    if groups % together:
+        raise ValueError(
+            "vectorize must divide the number of groups, "
+            f"got vectorize {vectorize} and {groups} groups"
+        )
+    return together
 
 
 def _is_key(x: Any) -> bool:

@@ -103,24 +103,53 @@ def scaled(leaves: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
     """
     largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x)) for x in leaves])
     largest = jax.lax.stop_gradient(largest)
-    divisor = jnp.where(largest == 0, 1, largest)
-    return largest, [x / divisor for x in leaves]
+    return largest, [x / nonzero(largest) for x in leaves]
+
+
+# Jitted, because a cond outside of jit is compiled anew at every call.
+@jax.jit
+def scale_and_norm(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
+    """(s, n) with |v| = s n, where v/s neither over- nor underflows; s = 0 for v = 0 alone.
+
+    One pass over memory for ordinary gradients, for which s = 1: a sum of
+    squares that is finite has not overflowed, and one well above the smallest
+    float has lost nothing that counts. Only others pay for the scaled sum.
+    Leaves of low precision are widened inside, so that no wide copy is kept.
+    """
+
+    def square(leaves: list[jax.Array]) -> jax.Array:
+        return sum((jnp.sum(abs_square(x)) for x in leaves), start=jnp.zeros([], jnp.float32))
+
+    total = square([widened(x) for x in leaves])
+    limits = jnp.finfo(total.dtype)
+    usual = jnp.isfinite(total) & (total > limits.tiny / limits.eps**3)
+
+    def plain(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
+        del leaves
+        # Not a constant 1: both branches have to vary over the same devices.
+        return jnp.where(usual, 1, total), jnp.sqrt(jnp.where(usual, total, 1))
+
+    def careful(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
+        largest, quotients = scaled([widened(x) for x in leaves])
+        return largest, jnp.sqrt(jnp.where(largest == 0, 1, square(quotients)))
+
+    return jax.lax.cond(usual, plain, careful, leaves)
+
+
+def nonzero(x: jax.Array) -> jax.Array:
+    """The number as a divisor: 1 in place of 0."""
+    return jnp.where(x == 0, 1, x)
 
 
 def norm_and_unit(tree: Any) -> tuple[jax.Array, Any]:
     """The global norm |v| and the direction v/|v| (0 for v = 0), in float32 or wider."""
     leaves, treedef = jax.tree.flatten(tree)
-    wide = [widened(x) if is_perturbable(x) else None for x in leaves]
-    if all(x is None for x in wide):
+    perturbable = [x for x in leaves if is_perturbable(x)]
+    if not perturbable:
         return jnp.zeros([], jnp.float32), tree
-    largest, quotients = scaled([x for x in wide if x is not None])
-    square = sum(jnp.sum(abs_square(x)) for x in quotients)
-    norm = jnp.sqrt(jnp.where(largest == 0, 1, square))
-    parts = iter(quotients)
-    units = [
-        leaf if x is None else next(parts) / norm for leaf, x in zip(leaves, wide, strict=True)
-    ]
-    return largest * norm, jax.tree.unflatten(treedef, units)
+    scale, norm = scale_and_norm(perturbable)
+    units = [widened(x) / nonzero(scale) / norm if is_perturbable(x) else x for x in leaves]
+    return scale * norm, jax.tree.unflatten(treedef, units)
 
 
 def inner(a: Any, b: Any) -> jax.Array:

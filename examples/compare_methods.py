@@ -42,7 +42,6 @@ import label_noise
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import scipy.stats
 import tqdm
 
 import sam_optax
@@ -322,7 +321,7 @@ def compare(args: Any, task: label_noise.Task, train_data: Any, validation: Any,
 
 def p_values(rows: list[Any], rival: Any) -> dict[str, float]:
     """Welch's p against a rival, Holm's correction for as many comparisons as rows."""
-    p = [scipy.stats.ttest_ind(r["errors"], rival["errors"], equal_var=False).pvalue for r in rows]
+    p = [label_noise.welch(row["errors"], rival["errors"]) for row in rows]
     order = np.argsort(p)
     corrected = np.maximum.accumulate(np.array(p)[order] * np.arange(len(p), 0, -1)).clip(max=1)
     return {rows[i]["method"]: float(value) for i, value in zip(order, corrected, strict=True)}

@@ -117,39 +117,36 @@ def scheduled(value: Radius, state: Any) -> tuple[Any, optax.OptState]:
 def _dual(
     grads: list[Any], scales: list[Any], radius: Any, p: jax.typing.ArrayLike
 ) -> list[jax.Array]:
-    """The equation of `dual_ascent` on the perturbed leaves.
+    """The equation of `dual_ascent` on the perturbed leaves, v = T g.
 
-    With v = T g and x = v/s, the scale s cancels: e = rho T sign(x) |x|^(q-1) /
-    (sum |x|^q)^(1/p), since (q-1)/q = 1/p. For p = 2, s is 1 wherever squares
-    neither over- nor underflow; otherwise s = max|v|, so that the largest |x|
-    is 1. With r = q - 1 = 1/(p-1), the limits p = 1 (r = inf: 1 at the maximum,
-    else 0) and p = inf (r = 0) then need no case of their own.
+    For p = 2 this is rho T v/||v||. Otherwise divide by the largest entry, which
+    cancels: with x = v / max|v|, e = rho T sign(x) |x|^(q-1) / (sum |x|^q)^(1/p),
+    since (q-1)/q = 1/p. With q - 1 = 1/(p-1), the limits p = 1 (an infinite
+    power: 1 at the maximum, else 0) and p = inf (power 0) need no case of their
+    own.
     """
     if not grads:
         return []
+    v = [g if t is None else _numerics.widened(g) * t for g, t in zip(grads, scales, strict=True)]
+    wide = [_numerics.widened(a) for a in v]
     if _is_two(p):
-        v = [
-            g if t is None else _numerics.widened(g) * t for g, t in zip(grads, scales, strict=True)
-        ]
-        scale, norm = _numerics.scale_and_norm(v)
-        directions = [_numerics.widened(a) / _numerics.nonzero(scale) for a in v]
+        factor, size = _numerics.factor_and_norm(v)
+        directions = [a * factor for a in wide]
+        length = _numerics.nonzero(size)
     else:
-        v = [
-            _numerics.widened(g) * (1 if t is None else t)
-            for g, t in zip(grads, scales, strict=True)
-        ]
-        scale, x = _numerics.scaled(v)
-        order = jnp.asarray(p, scale.dtype)
+        size = jax.lax.stop_gradient(jnp.max(jnp.stack([jnp.max(jnp.abs(a)) for a in wide])))
+        x = [a / _numerics.nonzero(size) for a in wide]
+        order = jnp.asarray(p, size.dtype)
         # A division may miss 1 by an ulp, which the infinite power of p = 1 would not forgive.
-        one = 1 - 4 * jnp.finfo(scale.dtype).eps
+        one = 1 - 4 * jnp.finfo(size.dtype).eps
         powers = [jnp.where(jnp.abs(a) > one, 1, jnp.abs(a)) ** (1 / (order - 1)) for a in x]
         directions = [jnp.sign(a) * b for a, b in zip(x, powers, strict=True)]
         total = sum(jnp.sum(jnp.abs(a) * b) for a, b in zip(x, powers, strict=True))
-        norm = jnp.where(scale == 0, 1, total) ** (1 / order)
+        length = jnp.where(size == 0, 1, total) ** (1 / order)
     # sign() would hide an infinite gradient for p = inf.
-    length = jnp.where(jnp.isfinite(scale), radius / norm, jnp.nan)
+    step = jnp.where(jnp.isfinite(size), radius / length, jnp.nan)
     return [
-        d * length if t is None else d * t * length for d, t in zip(directions, scales, strict=True)
+        d * step if t is None else d * t * step for d, t in zip(directions, scales, strict=True)
     ]
 
 

@@ -21,8 +21,8 @@ def look_sam(
     it is kept and added to the clean gradients of the next steps. A part of
     SAM's gain for a part of its extra cost.
 
-        every k steps:  out = g_s,  keep g_v = g_s - <g_s, u> u,  u = g/||g||
-        otherwise:      out = g + alpha ||g|| g_v/||g_v||
+        every k steps:  out = g_s,  keep unit(g_v),  g_v = g_s - <g_s, u> u,  u = unit(g)
+        otherwise:      out = g + alpha ||g|| unit(g_v)
 
     Args:
       rho: radius, at least 0: a number, a traced scalar or a schedule.
@@ -71,11 +71,11 @@ def look_sam(
         _, u = _numerics.norm_and_unit(clean)
         along = _numerics.inner(updates, u)
         part = _numerics.map_wide(lambda g_s, u: g_s - along * u, updates, u)
-        # Where g_s is parallel to g the rest is rounding, which reuse() would blow up.
-        length, _ = _numerics.norm_and_unit(part)
+        # Where g_s is parallel to g the rest is rounding, which its norm would blow up.
+        length, direction = _numerics.norm_and_unit(part)
         whole, _ = _numerics.norm_and_unit(updates)
         noise = 10 * max(jnp.finfo(x.dtype).eps for x in jax.tree.leaves(state)) * whole
-        new = _numerics.map_wide(lambda kept, v: jnp.where(length > noise, v, 0), state, part)
+        new = _numerics.map_wide(lambda kept, d: jnp.where(length > noise, d, 0), state, direction)
         return updates, _numerics.keep_if_nonfinite(updates, new, state)
 
     def reuse(
@@ -83,8 +83,7 @@ def look_sam(
     ) -> tuple[optax.Updates, optax.Updates]:
         del params, extra_args
         length, _ = _numerics.norm_and_unit(updates)
-        _, direction = _numerics.norm_and_unit(state)
-        mixed = _numerics.map_wide(lambda g, d: g + alpha * length * d, updates, direction)
+        mixed = _numerics.map_wide(lambda g, d: g + alpha * length * d, updates, state)
         return mixed, state
 
     zeros = optax.tree.zeros_like

@@ -4,7 +4,6 @@ Leaves that are integers or booleans (and the float0 gradients JAX gives them)
 or that have no elements are never perturbed and count in no norm.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +77,7 @@ def keep_if_nonfinite(gradient: Any, new: Any, old: Any) -> Any:
     chain as it is; an average would never forget the step.
     """
     leaves = [x for x in jax.tree.leaves(gradient) if is_perturbable(x)]
-    finite = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in leaves], True)
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])) if leaves else True
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
 
@@ -95,32 +94,22 @@ def random_normal(key: jax.Array, tree: Any) -> Any:
     return jax.tree.unflatten(treedef, noise)
 
 
-def scaled(leaves: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-    """The largest |entry| of all leaves, and the leaves divided by it (or by 1 if it is 0).
-
-    Sums of powers of the quotients neither overflow nor underflow. Where the
-    scale cancels, as in every use here, no derivative needs to flow through it.
-    """
-    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x)) for x in leaves])
-    largest = jax.lax.stop_gradient(largest)
-    return largest, [x / nonzero(largest) for x in leaves]
-
-
 # Jitted, because a cond outside of jit is compiled anew at every call.
 @jax.jit
-def scale_and_norm(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
-    """(s, n) with |v| = s n, where v/s neither over- nor underflows; s = 0 for v = 0 alone.
+def factor_and_norm(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
+    """(f, |f v|) with f = 1 for ordinary v, else a power of two that brings v into range.
 
-    One pass over memory for ordinary gradients, for which s = 1: a sum of
-    squares that is finite has not overflowed, and one well above the smallest
-    float has lost nothing that counts. Only others pay for the scaled sum.
-    Leaves of low precision are widened inside, so that no wide copy is kept.
+    One pass over memory for ordinary v: a sum of squares that is finite has
+    not overflowed, and one well above the smallest float has lost nothing that
+    counts. Only the others pay for a second pass. Leaves of low precision are
+    widened inside, so that no wide copy is kept.
     """
 
-    def square(leaves: list[jax.Array]) -> jax.Array:
-        return sum((jnp.sum(abs_square(x)) for x in leaves), start=jnp.zeros([], jnp.float32))
+    def square(leaves: list[Any], factor: Any = 1) -> jax.Array:
+        # Stacked, because XLA takes long to compile a chain of thousands of additions.
+        return jnp.sum(jnp.stack([jnp.sum(abs_square(widened(x) * factor)) for x in leaves]))
 
-    total = square([widened(x) for x in leaves])
+    total = square(leaves)
     limits = jnp.finfo(total.dtype)
     usual = jnp.isfinite(total) & (total > limits.tiny / limits.eps**3)
 
@@ -130,8 +119,12 @@ def scale_and_norm(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
         return jnp.where(usual, 1, total), jnp.sqrt(jnp.where(usual, total, 1))
 
     def careful(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
-        largest, quotients = scaled([widened(x) for x in leaves])
-        return largest, jnp.sqrt(jnp.where(largest == 0, 1, square(quotients)))
+        # Far enough for 2^40 of the largest floats, and for the smallest.
+        shift = 2.0 ** (limits.maxexp * 45 // 64)
+        factor = jnp.where(total < 1, shift, 1 / shift).astype(total.dtype)
+        small = square(leaves, jax.lax.stop_gradient(factor))
+        zero = small == 0
+        return factor, jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, small)))
 
     return jax.lax.cond(usual, plain, careful, leaves)
 
@@ -147,9 +140,9 @@ def norm_and_unit(tree: Any) -> tuple[jax.Array, Any]:
     perturbable = [x for x in leaves if is_perturbable(x)]
     if not perturbable:
         return jnp.zeros([], jnp.float32), tree
-    scale, norm = scale_and_norm(perturbable)
-    units = [widened(x) / nonzero(scale) / norm if is_perturbable(x) else x for x in leaves]
-    return scale * norm, jax.tree.unflatten(treedef, units)
+    factor, norm = factor_and_norm(perturbable)
+    units = [widened(x) * factor / nonzero(norm) if is_perturbable(x) else x for x in leaves]
+    return norm / factor, jax.tree.unflatten(treedef, units)
 
 
 def inner(a: Any, b: Any) -> jax.Array:
@@ -159,7 +152,7 @@ def inner(a: Any, b: Any) -> jax.Array:
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
         if is_perturbable(x)
     ]
-    return sum(products, start=jnp.zeros([], jnp.float32))
+    return jnp.sum(jnp.stack(products)) if products else jnp.zeros([], jnp.float32)
 
 
 def safe_norm(x: jax.Array, axis: Any = None, keepdims: bool = False) -> jax.Array:

@@ -1,5 +1,6 @@
 """Methods that perturb a part of the parameters: by z-score, by Fisher information, by layer."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -55,8 +56,8 @@ def z_sharp(rho: Radius = 0.05, quantile: float = 0.95) -> optax.GradientTransfo
       text, put a filter of your own before `dual_ascent`.
 
     Note:
-      Two gradient evaluations and a sort of each leaf, which on a CPU takes
-      longer than both (37 times a plain step of a small dense network).
+      Two gradient evaluations and some thirty passes over them for the
+      quantiles, which count where a gradient is cheap.
     """
     _checks.at_least("rho", rho, 0.0)
     _checks.in_interval("quantile", quantile, "[0, 1)")
@@ -72,7 +73,7 @@ def z_sharp(rho: Radius = 0.05, quantile: float = 0.95) -> optax.GradientTransfo
             if g.ndim < 2:
                 return radius * u
             score = jnp.abs(u - jnp.mean(u)) / (jnp.std(u, ddof=1 if u.size > 1 else 0) + 1e-12)
-            outstanding = jnp.where(score > jnp.quantile(score, quantile), u, 0)
+            outstanding = jnp.where(score > _quantile(score, quantile), u, 0)
             norm = _numerics.safe_norm(outstanding)
             return radius * jnp.where(norm == 0, u, outstanding / jnp.where(norm == 0, 1, norm))
 
@@ -119,8 +120,8 @@ def sparse_sam(
       many steps after.
 
     Note:
-      Two gradient evaluations; a boolean per parameter in the state, and a sort
-      of all entries when the mask is refreshed.
+      Two gradient evaluations; a boolean per parameter in the state, and some
+      thirty passes over the gradient when the mask is refreshed.
     """
     _checks.at_least("rho", rho, 0.0)
     _checks.in_interval("sparsity", sparsity, "[0, 1)")
@@ -140,13 +141,13 @@ def sparse_sam(
                 lambda e: jnp.abs(_numerics.widened(e)) if _numerics.is_perturbable(e) else None,
                 updates,
             )
-            entries = jnp.sort(jnp.concatenate([jnp.ravel(s) for s in jax.tree.leaves(sizes)]))
-            kept = max(round(entries.size * (1 - sparsity)), 1)
+            entries = jax.tree.leaves(sizes)
+            total = sum(x.size for x in entries)
+            least = _smallest(entries, total - max(round(total * (1 - sparsity)), 1))
+            # A step that a guard will skip must not spoil the mask.
+            finite = jnp.all(jnp.isfinite(jnp.stack([jnp.max(x) for x in entries])))
             return jax.tree.map(
-                # A step that a guard will skip must not spoil the mask; NaN sorts last.
-                lambda s, m: (
-                    m if s is None else jnp.where(jnp.isnan(entries[-1]), m, s >= entries[-kept])
-                ),
+                lambda s, m: m if s is None else jnp.where(finite, s >= least, m),
                 sizes,
                 state.mask,
                 is_leaf=lambda x: x is None,
@@ -161,6 +162,36 @@ def sparse_sam(
     masked = transformation(init, update)
     # The perturbation is proportional to the gradient, so its order is that of the gradient.
     return sharpness_aware(optax.chain(dual_ascent(rho), masked))
+
+
+def _smallest(arrays: list[jax.Array], k: int) -> jax.Array:
+    """The k-th smallest entry, from 0, of arrays without negative ones.
+
+    Bisects over the bits, which are in the order of the numbers: it needs no
+    sort, slow on a CPU, and leaves arrays sharded as they are.
+    """
+    dtype = jnp.result_type(*arrays)
+    kind = jnp.int64 if dtype == jnp.float64 else jnp.int32
+    patterns = [jax.lax.bitcast_convert_type(x.astype(dtype), kind) for x in arrays]
+    top = jnp.finfo(dtype).bits - 2  # below the sign
+
+    def step(i: jax.Array, found: jax.Array) -> jax.Array:
+        candidate = found | (jnp.ones([], kind) << (top - i).astype(kind))
+        below = sum(jnp.sum(x < candidate) for x in patterns)
+        return jnp.where(below <= k, candidate, found)
+
+    found = jax.lax.fori_loop(0, top + 1, step, jnp.zeros([], kind))
+    return jax.lax.bitcast_convert_type(found, dtype)
+
+
+def _quantile(x: jax.Array, q: float) -> jax.Array:
+    """As `jnp.quantile` of an array without negative entries."""
+    place = q * (x.size - 1)
+    low = _smallest([x], math.floor(place))
+    above = jnp.min(jnp.where(x > low, x, jnp.inf))
+    following = jnp.where(jnp.sum(x <= low) > math.floor(place) + 1, low, above)
+    weight = place - math.floor(place)
+    return low if weight == 0 else low * (1 - weight) + following * weight
 
 
 def normalization_mask(params: optax.Params) -> Any:

@@ -194,7 +194,7 @@ def test_stateless_methods_work_in_the_functional_door_with_a_traced_rho(x64):
 
 @pytest.mark.parametrize("name", sorted({*FIRST, "eigen_sam"} - {"unnormalised_sam", "fisher_sam"}))
 def test_the_scale_of_the_loss_passes_through(name):
-    """Powers of two, far outside where float32 squares are finite."""
+    """Powers of two, far outside where float32 squares are finite; norms round otherwise there."""
     method = build(name, **FIRST[name][1]) if name in FIRST else sam_optax.eigen_sam()
     w = jax.tree.map(jnp.float32, SIDES)
 
@@ -209,7 +209,7 @@ def test_the_scale_of_the_loss_passes_through(name):
         return outs
 
     for scale in (2.0**100, 2.0**-100):
-        assert_close(results(scale), results(1.0), rtol=1e-6, atol=0)
+        assert_close(results(scale), results(1.0), rtol=1e-5, atol=0)
 
 
 # Invariants on quadratics.

@@ -10,14 +10,19 @@ import sys
 import pytest
 
 import sam_optax
+import sam_optax.averaging
 import sam_optax.draw
 import sam_optax.landscape
 import sam_optax.nnx
 import sam_optax.sharpness
 
 ROOT = pathlib.Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("**/*.py"))
-MODULES = (sam_optax, sam_optax.draw, sam_optax.landscape, sam_optax.nnx, sam_optax.sharpness)
+# A leading underscore marks what examples share; tests/test_experiments.py runs the experiments.
+EXAMPLES = sorted((ROOT / "examples").glob("[!_]*.py"))
+MODULES = (
+    *(sam_optax, sam_optax.averaging, sam_optax.draw),
+    *(sam_optax.landscape, sam_optax.nnx, sam_optax.sharpness),
+)
 FUNCTIONS = [
     (module, name)
     for module in MODULES
@@ -57,6 +62,7 @@ def test_docstrings_say_all(module, name):
         )
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run_with_small_settings(path, tmp_path):
     done = subprocess.run(

@@ -11,6 +11,7 @@ import pytest
 
 import sam_optax
 import sam_optax.averaging
+import sam_optax.averaging.nnx
 import sam_optax.draw
 import sam_optax.landscape
 import sam_optax.nnx
@@ -20,7 +21,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # A leading underscore marks what examples share; tests/test_experiments.py runs the experiments.
 EXAMPLES = sorted((ROOT / "examples").glob("[!_]*.py"))
 MODULES = (
-    *(sam_optax, sam_optax.averaging, sam_optax.draw),
+    *(sam_optax, sam_optax.averaging, sam_optax.averaging.nnx, sam_optax.draw),
     *(sam_optax.landscape, sam_optax.nnx, sam_optax.sharpness),
 )
 FUNCTIONS = [

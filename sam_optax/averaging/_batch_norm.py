@@ -37,8 +37,8 @@ def estimate_batch_stats(
         Dropout is as you set it there.
       variables: the collections of the network, "params" with the weights and
         "batch_stats" with values of any finite size, which do not matter.
-      data: the training data: an iterable of batches, or one batch as a tuple
-        or dict. A batch is a pytree of arrays with the examples on axis 0.
+      data: the training data: an iterable of batches, or one batch as an array,
+        tuple or dict. A batch is a pytree of arrays with the examples on axis 0.
         Read once; a generator will do.
       progress: whether to show a progress bar (needs tqdm).
 

@@ -206,7 +206,7 @@ def ensemble_predictions(
             f"stacked_params must share one leading axis of at least 1, got {sorted(sizes)}"
         )
     ((size,),) = sizes
-    weights = jnp.ones(size) if weights is None else jnp.asarray(weights)
+    weights = _numerics.widened(jnp.ones(size) if weights is None else weights)
     if weights.shape != (size,):
         raise ValueError(
             f"weights must have one entry per member, shape ({size},), got shape {weights.shape}"
@@ -225,7 +225,5 @@ def _with_member(
     """The total, None before the first, plus the weighted prediction of member i."""
     prediction = predict_fn(jax.tree.map(lambda x: x[i], stack), *args)
     # Selected, because 0 times NaN is NaN.
-    term = jax.tree.map(
-        lambda p: jnp.where(weights[i] > 0, weights[i] * _numerics.widened(p), 0), prediction
-    )
+    term = jax.tree.map(lambda p: jnp.where(weights[i] > 0, weights[i] * p, 0), prediction)
     return term if total is None else jax.tree.map(jnp.add, total, term)

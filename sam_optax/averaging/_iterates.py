@@ -28,8 +28,8 @@ def remembering(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: optax.Params) -> Any:
-        zero = jnp.zeros([], jnp.int32)
-        return state_type(zero, zero, empty(params), optimizer.init(params))
+        count, n = (jnp.zeros([], jnp.int32) for _ in range(2))  # two buffers, to be donated
+        return state_type(count, n, empty(params), optimizer.init(params))
 
     def update(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any

@@ -38,8 +38,8 @@ def update_batch_stats(
     Args:
       model: the module, whose BatchNorm statistics change in place. Its mode
         (train or eval), random streams and all other state stay as they are.
-      data: the training data: an iterable of batches, or one batch as a tuple
-        or dict. A batch is a pytree of arrays with the examples on axis 0.
+      data: the training data: an iterable of batches, or one batch as an array,
+        tuple or dict. A batch is a pytree of arrays with the examples on axis 0.
         Read once; a generator will do.
       forward: forward(model, batch) runs the network; model(batch) by default.
         If your layers take use_running_average in the call, let it be False.

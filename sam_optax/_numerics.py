@@ -119,8 +119,8 @@ def factor_and_norm(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
         return jnp.where(usual, 1, total), jnp.sqrt(jnp.where(usual, total, 1))
 
     def careful(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
-        # Far enough for 2^40 of the largest floats, and for the smallest.
-        shift = 2.0 ** (limits.maxexp * 45 // 64)
+        # The largest whose square is finite: XLA may compute (x f)^2 as x^2 f^2 for constants.
+        shift = 2.0 ** (limits.maxexp // 2 - 1)
         factor = jnp.where(total < 1, shift, 1 / shift).astype(total.dtype)
         small = square(leaves, jax.lax.stop_gradient(factor))
         zero = small == 0

@@ -43,9 +43,9 @@ def look_sam(
       >>> state = tx.init(w)
       >>> for _ in range(2):
       ...     out, state = tx.update(jax.grad(loss_fn)(w), state, w, value_fn=loss_fn)
-      ...     print(out)
-      [2.14 3.41]
-      [0.6 3.4]
+      ...     print(*(f"{x:.2f}" for x in out))
+      2.14 3.41
+      0.60 3.40
 
     References:
       Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization

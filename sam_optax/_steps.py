@@ -81,7 +81,7 @@ def multi_step_sam(
       >>> import jax.numpy as jnp, sam_optax
       >>> loss_fn, w = lambda w: w[0] ** 2 + 10 * w[1] ** 2, jnp.array([1.0, 0.1])
       >>> for steps in (1, 2, 5):
-      ...     print(sam_optax.grad(loss_fn, sam_optax.multi_step_sam(0.1, steps))(w))
+      ...     print(sam_optax.grad(loss_fn, sam_optax.multi_step_sam(0.1, steps))(w).round(3))
       [2.141 3.414]
       [2.131 3.501]
       [2.125 3.555]

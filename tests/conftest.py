@@ -11,3 +11,11 @@ def x64():
     """Float64 for one test, to compare with NumPy to rounding."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def quickly_compiled():
+    """For hundreds of small programs of which numbers alone count, not speed or memory."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

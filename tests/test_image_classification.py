@@ -23,6 +23,8 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import _wide_resnet
 import image_classification as script
 
+pytestmark = pytest.mark.examples
+
 
 class Tiny(nn.Module):
     """A convolution, BatchNorm and a dense layer: quick to compile, made as a WideResNet is."""

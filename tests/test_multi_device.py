@@ -333,6 +333,7 @@ def test_resume_of_a_stateful_chain_is_exact(tmp_path):
     assert any(np.any(a != b) for a, b in leaf_pairs(whole[0], forgetful[0]))
 
 
+@pytest.mark.examples
 def test_example_interrupted_and_resumed(tmp_path, monkeypatch, capsys):
     """shard_map_training.py, with a network that compiles fast and 2 of its devices together."""
     monkeypatch.setattr(_digits, "Network", Network)
@@ -585,6 +586,7 @@ def assert_group_ends(process, seconds=30):
     pytest.fail("a process was left behind")
 
 
+@pytest.mark.examples
 def test_two_processes_equal_one(tmp_path):
     """All of multi_process.py, with a network that compiles fast."""
     process = start_program(tmp_path, SMALL, network=inspect.getsource(Network))
@@ -600,6 +602,7 @@ def test_two_processes_equal_one(tmp_path):
     assert rows[0]["losses"][-1] != pytest.approx(rows[1]["losses"][-1], rel=1e-6)
 
 
+@pytest.mark.examples
 def test_a_failing_process_ends_the_others(tmp_path):
     process = start_program(tmp_path, FAILING, target="fails")
     _, errors = process.communicate(timeout=120)
@@ -609,6 +612,7 @@ def test_a_failing_process_ends_the_others(tmp_path):
     assert_group_ends(process)
 
 
+@pytest.mark.examples
 def test_children_do_not_outlive_a_killed_parent(tmp_path):
     process = start_program(tmp_path, FAILING, target="hangs")
     assert [process.stdout.readline() for _ in range(2)] == ["started\n"] * 2

@@ -1,5 +1,6 @@
 """Drawing that experiments share."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,12 +14,14 @@ MARKERS = "os^Dv<>P"
 
 
 def panels(count: int, title: str, width: float = 4.5, height: float = 3.6) -> tuple[Any, Any]:
-    """A figure and its axes in a row."""
+    """A figure and its axes, at most three in a row."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    size = (max(width * count, 6), height)
-    figure, axes = plt.subplots(1, count, figsize=size, layout="constrained", squeeze=False)
+    rows = math.ceil(count / 3)
+    columns = math.ceil(count / rows)
+    size = (max(width * columns, 6), height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     figure.suptitle(title, fontweight="bold")
-    return figure, axes[0]
+    return figure, axes.ravel()[:count]
 
 
 def dots(axis: Any, rows: Iterable[Row], names: Sequence[str] | None = None) -> None:

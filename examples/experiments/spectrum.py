@@ -24,8 +24,8 @@ STEPS = 30  # of Lanczos; the residuals are kept with the values
 DENSITY = {"steps": 50, "probes": 2, "sigma": 0.05}  # of the spectral density, for one seed
 # Chosen on validation examples by error_rates.py's grids.
 SETTINGS = {
-    ("SGD", 0.4): {"lr": 0.1, "weight_decay": 0.03},
-    ("SAM", 0.4): {"lr": 0.05, "weight_decay": 0.01, "rho": 0.4},
+    ("SGD", 0.4): {"lr": 0.2, "weight_decay": 0.03},
+    ("SAM", 0.4): {"lr": 0.2, "weight_decay": 0.01, "rho": 0.3},
     ("SGD", 0.0): {"lr": 0.2, "weight_decay": 0.003},
     ("SAM", 0.0): {"lr": 0.2, "weight_decay": 0.01, "rho": 0.2},
 }

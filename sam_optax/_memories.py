@@ -257,8 +257,9 @@ def momentum_sam(
 
     Note:
       One gradient evaluation: inside jit the gradients given are unused and
-      never computed. One copy of the parameters in the state, and two passes
-      over it, which count where a gradient is cheap.
+      never computed, but a loss that is logged at params still costs its
+      forward pass. One copy of the parameters in the state, and two passes over
+      it, which count where a gradient is cheap.
     """
     _checks.at_least("rho", rho, 0.0)
     _checks.in_interval("momentum", momentum, "[0, 1)")

@@ -106,6 +106,8 @@ def sharpness_aware(
     Note:
       Two gradient evaluations a step, one of them the caller's; extra memory
       of one copy of the parameters, the perturbed ones, while g_s is computed.
+      With a cadence, convolutions on a CPU are slow: inside of `jax.lax.cond`
+      XLA compiles their gradients some ten times slower there.
     """
     ascent = optax.with_extra_args_support(ascent)
     descent = optax.with_extra_args_support(descent or optax.identity())

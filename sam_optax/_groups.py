@@ -110,7 +110,7 @@ def _after(done: Any, part: Any) -> Any:
     of all. XLA drops `jax.lax.optimization_barrier` on a CPU before it decides
     on the order, but keeps a condition that it cannot see is never met.
     """
-    probe = sum(jnp.real(x).ravel()[0].astype(jnp.float32) for x in jax.tree.leaves(done) if x.size)
+    probe = sum(jnp.sum(jnp.real(x)).astype(jnp.float32) for x in jax.tree.leaves(done))
     never = jax.lax.bitcast_convert_type(probe, jnp.int32) | 1 == 0
     return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), part)
 

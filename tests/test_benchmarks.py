@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.examples  # they test scripts, not the library
+
 FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
 TABLES = (
     "step_time",
@@ -119,7 +121,6 @@ def test_dry_run_of_a_gpu_says_what_would_run():
     assert float(row[6]) / float(row[5]) == pytest.approx(2, rel=0.01)
 
 
-@pytest.mark.examples
 def test_quick_run_writes_every_table_and_figure(tmp_path):
     done = run("--quick", "--out", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
+pytestmark = pytest.mark.examples  # they test scripts, not the library
+
 matplotlib.use("Agg")
 FOLDER = pathlib.Path(__file__).parent.parent / "examples" / "experiments"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
@@ -172,7 +174,6 @@ def test_lanes_do_not_see_each_other(study):
         assert not np.array_equal(a[0], b[0])
 
 
-@pytest.mark.examples
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_experiments_run_with_small_settings(name, tmp_path, capsys):
     importlib.import_module(name).main(["--quick", "--out", str(tmp_path)])

@@ -14,6 +14,8 @@ from flax import nnx
 
 import sam_optax
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 jax_loss = functools.partial(ref.loss, jnp)
 PARAMS = ref.network()[0]
 BATCHES = [ref.network(seed)[1] for seed in range(6)]

@@ -317,15 +317,15 @@ EXPLICIT = (AxisType.Explicit,)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("size, vectorize", [(8, 1), (4, 2), (4, 1)])
-def test_a_batch_that_jit_shards(problem, axis_type, size, vectorize):
+@pytest.mark.parametrize("size, vectorize, unroll", [(8, 1, None), (4, 2, None), (4, 1, True)])
+def test_a_batch_that_jit_shards(problem, axis_type, size, vectorize, unroll):
     """Same numbers; on explicit axes each group stays spread over the devices."""
     params, x, y = problem
     expected = loop_over_groups(params, x, y, 16 // size)
     with jax.set_mesh(jax.make_mesh((4,), ("batch",), axis_types=(axis_type,))):
         x, y = jax.device_put((x, y), PartitionSpec("batch"))
         params = jax.device_put(params, PartitionSpec())
-        step = jax.jit(sharp(microbatch_size=size, vectorize=vectorize))
+        step = jax.jit(sharp(microbatch_size=size, vectorize=vectorize, unroll=unroll))
         assert_same(jax.device_get(step(params, x, y)), expected)
 
 

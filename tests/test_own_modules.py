@@ -20,6 +20,8 @@ from sam_optax._lookbehind import lookbehind
 from sam_optax._per_example import esam, k_sam
 from sam_optax._sampa import sampa
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 LR, MOMENTUM, DECAY, STEPS = 0.05, 0.9, 0.01, 7
 
 jax_loss = functools.partial(ref.loss, jnp)

@@ -19,6 +19,7 @@ NOISE = 0.4
 SGD_GRID = grid(lr=(0.05, 0.1), weight_decay=(0.01, 0.02, 0.03, 0.06))
 LARGEST = {1.0: 8.0, 1.5: 4.5, 2.0: 0.8, 4.0: 0.06, np.inf: 0.009}  # dead or nearly so
 RADII = 8  # of a grid, by factors of the square root of two
+RATIOS = (0.25, 0.5, 1, 2, 4)  # ticks of the figure
 
 
 def sam_with_norm(p):
@@ -68,7 +69,9 @@ def main(argv=None):
         xscale="log", xlabel="rho over the best rho (log scale)", ylim=(0.85 * low, 2 * low)
     )
     axes[1].set(title="over rho", ylabel="validation error (%)")
-    axes[1].legend(frameon=False)
+    axes[1].set_xticks(RATIOS, map(str, RATIOS))
+    axes[1].minorticks_off()
+    axes[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return study.finish(figure)
 
 

@@ -155,7 +155,7 @@ def main() -> None:
         parser.error(f"--seeds must be at least 2, for a standard deviation, got {args.seeds}")
     args.out.mkdir(parents=True, exist_ok=True)
     name, seeds = ("digits", 2) if args.quick else ("mnist", args.seeds)
-    task = label_noise.TASKS[name]._replace(**({"epochs": 6} if args.quick else {}))
+    task = label_noise.TASKS[name]._replace(**(label_noise.QUICK if args.quick else {}))
     data = label_noise.load(name, task, "test", args.out / "mnist_14x14.npz")
 
     quick = [v for v in VARIANTS if v.name in ("SGD", "SAM", "1/4, bfloat16")]

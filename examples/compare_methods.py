@@ -444,7 +444,7 @@ def main() -> None:
         parser.error(f"--methods must be among {', '.join(METHODS)}, got {', '.join(unknown)}")
     begin = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
-    task = label_noise.TASKS[args.data]._replace(**({"epochs": 4} if args.quick else {}))
+    task = label_noise.TASKS[args.data]._replace(**(label_noise.QUICK if args.quick else {}))
     cache = args.out / "mnist_14x14.npz"
     train_data, validation = label_noise.load(args.data, task, "validation", cache)
     _, test = label_noise.load(args.data, task, "test", cache)

@@ -173,9 +173,8 @@ def main() -> None:
         parser.error(f"--seeds must be at least 2, for a standard deviation, got {args.seeds}")
     begin = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
-    name, seeds, epochs = ("digits", 2, 4) if args.quick else ("mnist", args.seeds, None)
-    task = label_noise.TASKS[name]
-    task = task._replace(epochs=epochs or task.epochs, widths=(16,) if args.quick else task.widths)
+    name, seeds = ("digits", 2) if args.quick else ("mnist", args.seeds)
+    task = label_noise.TASKS[name]._replace(**(label_noise.QUICK if args.quick else {}))
     data, (x_test, y_test) = label_noise.load(name, task, "test", args.out / "mnist_14x14.npz")
     model = label_noise.MLP(task.widths)
     loss = functools.partial(loss_fn, model)

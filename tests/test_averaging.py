@@ -18,8 +18,6 @@ import sam_optax
 import sam_optax.averaging.nnx
 from sam_optax import averaging
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 
 def loss_fn(params, batch):
     x, y = batch

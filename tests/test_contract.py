@@ -13,8 +13,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sam_optax
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 # Arguments of those that have required ones; a new method with defaults needs no entry.
 ARGUMENTS = {
     "adaptive": {"method": sam_optax.sam(), "steps": 10},

@@ -14,8 +14,6 @@ from flax import nnx
 
 import sam_optax
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 jax_loss = functools.partial(ref.loss, jnp)
 PARAMS = ref.network()[0]
 BATCHES = [ref.network(seed)[1] for seed in range(6)]
@@ -464,6 +462,7 @@ def test_cadences_leave_the_state_of_the_method_alone_on_skipped_steps(x64, name
     "name, gradients",
     [("momentum_sam", 1), ("random_perturbation", 1), ("sam", 2), ("async_sam", 2), ("cr_sam", 3)],
 )
+@pytest.mark.usefixtures("optimised")
 def test_compiled_cost_in_gradients_with_the_clean_one_included(name, gradients):
     method = build(name)
     params = {"w": jnp.ones((32, 32)), "v": jnp.ones((32, 32))}

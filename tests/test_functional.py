@@ -11,8 +11,6 @@ import pytest
 
 import sam_optax
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 jax_loss = functools.partial(ref.loss, jnp)
 PARAMS, BATCH = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), ref.network())
 

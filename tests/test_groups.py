@@ -141,6 +141,7 @@ def all_reduced_elements(compiled):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.usefixtures("optimised")
 def test_one_parameter_volume_is_all_reduced(problem, check_vma):
     params, x, y = problem
     size = sum(w.size for w in jax.tree.leaves(params))
@@ -162,6 +163,7 @@ def test_loss_is_traced_once(problem):
         assert len(traces) == 1
 
 
+@pytest.mark.usefixtures("optimised")
 def test_memory_does_not_grow_with_the_groups(problem):
     params = {"w": jnp.ones((64, 64))}
 
@@ -283,6 +285,7 @@ def compiled_loop(loss, x, **options):
     return jax.jit(step).lower(jnp.full((3, 3, 2, 2), 0.1), x).compile()
 
 
+@pytest.mark.usefixtures("optimised")
 def test_convolutions_on_cpu_are_written_out_of_the_loop():
     """Inside of a loop XLA compiles their gradient to something 10 to 30 times slower."""
 
@@ -298,6 +301,7 @@ def test_convolutions_on_cpu_are_written_out_of_the_loop():
     assert "while(" in compiled_loop(dense, x).as_text()
 
 
+@pytest.mark.usefixtures("optimised")
 def test_groups_written_out_wait_for_each_other():
     """Otherwise the compiler holds the intermediate results of all of them."""
     params = jnp.ones((64, 64))

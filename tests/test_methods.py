@@ -11,8 +11,6 @@ import pytest
 
 import sam_optax
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 jax_loss = functools.partial(ref.loss, jnp)
 
 

@@ -4,10 +4,8 @@ A Flax network on every route equals a Python loop over its groups, in float64 t
 """
 
 import functools
-import inspect
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -25,13 +23,13 @@ import pytest
 from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from scripts import EXAMPLES, run_example
 
 import sam_optax
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
-import _digits  # noqa: E402
-import shard_map_training  # noqa: E402
+import _digits
+import shard_map_training
 
 RHO = 0.3
 DEVICES = 8
@@ -224,6 +222,7 @@ SYNCHRONISED = optax.chain(sam_optax.pmean("batch"), sam_optax.sam(RHO))
     ],
     ids=["pmap", "shard_map", "SGD", "synchronised"],
 )
+@pytest.mark.usefixtures("optimised")
 def test_all_reduced_elements(problem, route, method, volumes):
     params, stats, x, y, key = problem
     f = on_device("batch", method)
@@ -530,19 +529,6 @@ def test_bfloat16_compute_keeps_params_and_perturbation_in_float32():
 
 # Several processes.
 
-SMALL = """
-import sys
-sys.path.insert(0, {examples!r})
-import flax.linen as nn
-import jax.numpy as jnp
-import _digits, multi_process
-
-{network}
-_digits.Network, multi_process.STEPS = Network, 5  # the children run these lines too
-del multi_process.METHODS["SGD"]
-if __name__ == "__main__":
-    multi_process.main()
-"""
 FAILING = """
 import sys, time
 sys.path.insert(0, {examples!r})
@@ -587,19 +573,23 @@ def assert_group_ends(process, seconds=30):
 
 
 @pytest.mark.examples
-def test_two_processes_equal_one(tmp_path):
-    """All of multi_process.py, with a network that compiles fast."""
-    process = start_program(tmp_path, SMALL, network=inspect.getsource(Network))
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == 0 and not errors, errors[-2000:]
-    assert_group_ends(process)
-    assert len(out.splitlines()) == 5
-    rows = json.loads((tmp_path / "multi_process.json").read_text())["rows"]
-    for row, volumes in zip(rows, (1, 2), strict=True):
-        assert row["all_reduced"] == volumes * PARAMETERS + STATISTICS + 1
-        assert row["difference"] < 1e-12
-        assert row["losses"][-1] < row["losses"][0]
-    assert rows[0]["losses"][-1] != pytest.approx(rows[1]["losses"][-1], rel=1e-6)
+@pytest.mark.parametrize(
+    "name, tolerance",
+    [("pmap_training", 1e-5), ("shard_map_training", 1e-5), ("multi_process", 1e-12)],
+)
+def test_examples_equal_the_definition_and_move_what_they_say(name, tolerance, tmp_path):
+    """A Python loop over the devices, or one process in place of two, in float64."""
+    run_example(EXAMPLES / f"{name}.py", tmp_path)
+    rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+    state = jax.eval_shape(lambda: _digits.new_state(0, optax.identity()))
+    for row in rows:
+        volumes = 2 if "one perturbation" in row["method"] else 1
+        moved = volumes * _digits.size(state.params) + _digits.size(state.batch_stats) + 1
+        assert row["all_reduced"] == moved
+        assert row["difference"] < tolerance
+    if name == "multi_process":
+        own, one = (row["losses"] for row in rows)
+        assert own[0] == one[0] and own[1] != pytest.approx(one[1], rel=1e-6)
 
 
 @pytest.mark.examples

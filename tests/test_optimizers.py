@@ -17,8 +17,6 @@ import pytest
 
 import sam_optax
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 ARGUMENTS = {
     "adaptive_grad_clip": dict(clipping=0.1),
     "add_noise": dict(eta=0.1, gamma=0.5, key=0),

@@ -20,8 +20,6 @@ from sam_optax._lookbehind import lookbehind
 from sam_optax._per_example import esam, k_sam
 from sam_optax._sampa import sampa
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 LR, MOMENTUM, DECAY, STEPS = 0.05, 0.9, 0.01, 7
 
 jax_loss = functools.partial(ref.loss, jnp)
@@ -593,6 +591,7 @@ def test_cost_state_and_dtypes_are_stable_and_nothing_recompiles(name, dtype, rh
 
 
 @pytest.mark.parametrize("name", ["sampa", "bsam"])
+@pytest.mark.usefixtures("optimised")
 def test_a_gradient_given_but_not_used_costs_nothing(name):
     tx, x = OPTIMIZERS[name][0](), jnp.ones((16, 16))
     gradient = jax.grad(lambda w, x: jnp.sum(jnp.tanh(x @ w)))

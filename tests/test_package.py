@@ -2,12 +2,12 @@
 
 import importlib.metadata
 import inspect
-import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+from scripts import EXAMPLES, ROOT, run_example
 
 import sam_optax
 import sam_optax.averaging
@@ -17,9 +17,10 @@ import sam_optax.landscape
 import sam_optax.nnx
 import sam_optax.sharpness
 
-ROOT = pathlib.Path(__file__).parent.parent
-# A leading underscore marks what examples share; tests/test_experiments.py runs the experiments.
-EXAMPLES = sorted((ROOT / "examples").glob("[!_]*.py"))
+# A leading underscore marks what examples share; tests/test_experiments.py runs the experiments,
+# and tests/test_multi_device.py the others, to look at their numbers.
+SEVERAL_DEVICES = ("pmap_training", "shard_map_training", "multi_process")
+ONE_DEVICE = [p for p in sorted(EXAMPLES.glob("[!_]*.py")) if p.stem not in SEVERAL_DEVICES]
 MODULES = (
     *(sam_optax, sam_optax.averaging, sam_optax.averaging.nnx, sam_optax.draw),
     *(sam_optax.landscape, sam_optax.nnx, sam_optax.sharpness),
@@ -64,16 +65,6 @@ def test_docstrings_say_all(module, name):
 
 
 @pytest.mark.examples
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ONE_DEVICE, ids=lambda path: path.stem)
 def test_examples_run_with_small_settings(path, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(path), "--quick", "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "Warning" not in done.stderr, done.stderr[-2000:]
-    figures = list(tmp_path.glob("**/*.png"))
-    assert figures and all(figure.stat().st_size > 10_000 for figure in figures)
-    assert len(done.stdout.splitlines()) > 3  # a table
+    run_example(path, tmp_path)

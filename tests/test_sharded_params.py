@@ -104,6 +104,7 @@ def test_the_perturbation_is_sharded_and_its_norm_runs_over_all_shards(x64, layo
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.usefixtures("optimised")
 def test_no_parameters_are_gathered_beyond_what_two_gradients_gather(layout, method):
     """SAM evaluates two gradients; its own arithmetic moves scalars (and filter norms) alone."""
     params, x = placed(layout, *problem())

@@ -186,6 +186,7 @@ def test_cadence_with_an_ascent_gradient_of_lower_precision():
         assert {x.dtype for x in jax.tree.leaves(out)} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.usefixtures("optimised")
 def test_clean_gradient_costs_nothing_when_unused():
     """A method that ignores the clean gradient compiles to one evaluation under jit."""
     ignores = sam_optax.sharpness_aware(

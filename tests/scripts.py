@@ -1,0 +1,22 @@
+"""Runs an example as its reader does, and sees that it ends with a table and a figure."""
+
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+def run_example(path: pathlib.Path, out: pathlib.Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(path), "--quick", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Warning" not in done.stderr, done.stderr[-2000:]
+    figures = list(out.glob("**/*.png"))
+    assert figures and all(figure.stat().st_size > 10_000 for figure in figures)
+    assert len(done.stdout.splitlines()) > 3  # a table

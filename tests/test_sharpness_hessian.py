@@ -27,7 +27,7 @@ def network_loss(params, batch):
 
 def dense_hessian(params, batch):
     w, unravel = jax.flatten_util.ravel_pytree(params)
-    return np.asarray(jax.hessian(lambda w: network_loss(unravel(w), batch))(w))
+    return np.asarray(jax.jit(jax.hessian(lambda w: network_loss(unravel(w), batch)))(w))
 
 
 def test_eigenvalues_and_trace_of_a_network_equal_its_dense_hessian(x64):

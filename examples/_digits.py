@@ -23,6 +23,7 @@ from sklearn.model_selection import train_test_split
 import sam_optax
 
 N_TRAIN = 1024  # of scikit-learn's 1797 images; the rest is for testing
+QUICK_N_TRAIN = 256  # where it only has to run
 WIDTH = 16  # channels of the first convolution, half of those of the second
 DROPOUT = 0.2  # fraction of the features dropped before the last layer
 
@@ -41,11 +42,11 @@ class TrainState(train_state.TrainState):
     batch_stats: Any  # BatchNorm's running mean and variance
 
 
-def load() -> Any:
+def load(n_train: int = N_TRAIN) -> Any:
     """Training images, test images, training labels, test labels; pixels from 0 to 1."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
-    return train_test_split(images, labels, train_size=N_TRAIN, stratify=labels, random_state=0)
+    return train_test_split(images, labels, train_size=n_train, stratify=labels, random_state=0)
 
 
 def new_state(seed: jax.typing.ArrayLike, tx: optax.GradientTransformation) -> TrainState:

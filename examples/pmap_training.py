@@ -1,7 +1,7 @@
 """Per-device SAM with jax.pmap: replicate, shard, gradient on every device, one average.
 
     python examples/pmap_training.py            # all local devices, or 8 of the CPU; half a minute
-    python examples/pmap_training.py --quick    # two epochs, for CI
+    python examples/pmap_training.py --quick    # two short epochs, for CI
 
 A Flax convolutional network with BatchNorm and dropout on scikit-learn's digits. Each device
 perturbs with the gradient of its own part of the batch (m-sharpness, m = batch / devices), then
@@ -77,14 +77,14 @@ def train(step, tx, epochs, data, progress):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/pmap_training"))
-    parser.add_argument("--quick", action="store_true", help="two epochs")
+    parser.add_argument("--quick", action="store_true", help="two epochs of few images")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)  # before any JAX operation; no GPU or TPU cares
     args.out.mkdir(parents=True, exist_ok=True)
     devices = jax.local_device_count()
     m = _digits.per_device(BATCH, devices)
     epochs = 2 if args.quick else EPOCHS
-    data = x, _, y, _ = _digits.load()
+    data = x, _, y, _ = _digits.load(_digits.QUICK_N_TRAIN if args.quick else _digits.N_TRAIN)
     steps = epochs * (len(x) // BATCH)
     tx = optax.sgd(optax.cosine_decay_schedule(LEARNING_RATE, steps), MOMENTUM, nesterov=True)
     kind = jax.local_devices()[0].device_kind

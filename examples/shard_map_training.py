@@ -4,7 +4,7 @@
     python examples/shard_map_training.py --shared 2       # pairs of devices share a perturbation
     python examples/shard_map_training.py --stop 12        # as if interrupted after 12 epochs,
     python examples/shard_map_training.py --resume         # and taken up again: the same bits
-    python examples/shard_map_training.py --quick          # two epochs, for CI
+    python examples/shard_map_training.py --quick          # two short epochs, for CI
 
 The Flax network of pmap_training.py (convolutions, BatchNorm, dropout; scikit-learn's digits).
 shard_map checks what is equal on all devices (its default): loss, gradients and statistics come
@@ -156,12 +156,12 @@ def main() -> None:
     parser.add_argument("--shared", type=int, default=1, help="devices that perturb together")
     parser.add_argument("--stop", type=int, help="end after this many epochs")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoints")
-    parser.add_argument("--quick", action="store_true", help="two epochs")
+    parser.add_argument("--quick", action="store_true", help="two epochs of few images")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)  # before any JAX operation; no GPU or TPU cares
     devices, epochs = jax.device_count(), 2 if args.quick else EPOCHS
     m, mesh = _digits.per_device(BATCH, devices), make_mesh(devices, args.shared)
-    data = _digits.load()
+    data = _digits.load(_digits.QUICK_N_TRAIN if args.quick else _digits.N_TRAIN)
     steps = epochs * (len(data[0]) // BATCH)
     tx = optax.sgd(optax.cosine_decay_schedule(LEARNING_RATE, steps), MOMENTUM, nesterov=True)
     kind = jax.devices()[0].device_kind

@@ -27,7 +27,7 @@ def x64():
 
 @pytest.fixture
 def optimised():
-    """Programs as users have them, for what their text, memory and counts say."""
+    """Programs as users have them, for what their text, memory and costs say."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

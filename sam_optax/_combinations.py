@@ -44,7 +44,7 @@ def gsam(
       >>> loss_fn = lambda w: w[0] ** 2 + 10 * w[1] ** 2
       >>> w = jnp.array([1.0, 0.2])
       >>> for alpha in (0.0, 0.5):
-      ...     print(sam_optax.grad(loss_fn, sam_optax.gsam(0.1, alpha))(w))
+      ...     print(sam_optax.grad(loss_fn, sam_optax.gsam(0.1, alpha))(w).round(2))
       [2.09 5.79]
       [1.84 5.88]
 

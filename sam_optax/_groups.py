@@ -59,10 +59,11 @@ def mean_over_groups(
 
     # Abstract evaluation fills the cache of the jitted function: one trace in all.
     first = jax.tree.map(lambda x: x[0] if one_by_one else x[0, 0], (indices, split))
-    program, (like, _) = jax.make_jaxpr(evaluate, return_shape=True)(*first)
+    like, _ = jax.eval_shape(evaluate, *first)
     if unroll is None:
         # XLA compiles the gradient of a convolution badly inside of loops on a CPU.
-        unroll = jax.default_backend() == "cpu" and _convolves(program)
+        on_cpu = jax.default_backend() == "cpu"
+        unroll = on_cpu and _convolves(jax.make_jaxpr(evaluate)(*first))
 
     def body(total: Any, part: Any) -> Any:
         if unroll is True or unroll > 1:  # True == 1 in Python

@@ -12,7 +12,7 @@ import pytest
 
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the scripts that tests start
 jax.config.update("jax_disable_most_optimizations", True)
-if jax.__version_info__ < (0, 11):  # later ones have but the slower way, and end at unknown flags
+if jax.__version_info__ < (0, 11):  # XLA ends at flags it does not know, as the first one later
     flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 jax.config.update("jax_num_cpu_devices", 8)

@@ -12,7 +12,8 @@ import pytest
 
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the scripts that tests start
 jax.config.update("jax_disable_most_optimizations", True)
-if jax.__version_info__ < (0, 11):  # XLA ends at flags it does not know, as the first one later
+# XLA ends at a flag it does not know, and later versions do not know the first of these.
+if jax.__version_info__ < (0, 11):
     flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 jax.config.update("jax_num_cpu_devices", 8)

@@ -6,6 +6,8 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
+# Run by tests/test_multi_device.py: how far they may be from the definition they compare with.
+SEVERAL_DEVICES = {"pmap_training": 1e-5, "shard_map_training": 1e-5, "multi_process": 1e-12}
 
 
 def run_example(path: pathlib.Path, out: pathlib.Path) -> None:

@@ -23,7 +23,7 @@ import pytest
 from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from scripts import EXAMPLES, run_example
+from scripts import EXAMPLES, SEVERAL_DEVICES, run_example
 
 import sam_optax
 
@@ -573,10 +573,7 @@ def assert_group_ends(process, seconds=30):
 
 
 @pytest.mark.examples
-@pytest.mark.parametrize(
-    "name, tolerance",
-    [("pmap_training", 1e-5), ("shard_map_training", 1e-5), ("multi_process", 1e-12)],
-)
+@pytest.mark.parametrize("name, tolerance", SEVERAL_DEVICES.items())
 def test_examples_equal_the_definition_and_move_what_they_say(name, tolerance, tmp_path):
     """A Python loop over the devices, or one process in place of two, in float64."""
     run_example(EXAMPLES / f"{name}.py", tmp_path)
@@ -589,7 +586,8 @@ def test_examples_equal_the_definition_and_move_what_they_say(name, tolerance, t
         assert row["difference"] < tolerance
     if name == "multi_process":
         own, one = (row["losses"] for row in rows)
-        assert own[0] == one[0] and own[1] != pytest.approx(one[1], rel=1e-6)
+        assert own[0] == one[0] > max(own[1], one[1])
+        assert own[1] != pytest.approx(one[1], rel=1e-6)
 
 
 @pytest.mark.examples

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from scripts import EXAMPLES, ROOT, run_example
+from scripts import EXAMPLES, ROOT, SEVERAL_DEVICES, run_example
 
 import sam_optax
 import sam_optax.averaging
@@ -17,9 +17,7 @@ import sam_optax.landscape
 import sam_optax.nnx
 import sam_optax.sharpness
 
-# A leading underscore marks what examples share; tests/test_experiments.py runs the experiments,
-# and tests/test_multi_device.py the others, to look at their numbers.
-SEVERAL_DEVICES = ("pmap_training", "shard_map_training", "multi_process")
+# A leading underscore marks what examples share; tests/test_experiments.py runs the experiments.
 ONE_DEVICE = [p for p in sorted(EXAMPLES.glob("[!_]*.py")) if p.stem not in SEVERAL_DEVICES]
 MODULES = (
     *(sam_optax, sam_optax.averaging, sam_optax.averaging.nnx, sam_optax.draw),

@@ -15,7 +15,6 @@ larger grid than the baseline.
 
 import argparse
 import datetime
-import functools
 import importlib.metadata
 import itertools
 import json
@@ -217,7 +216,6 @@ class Study:
 
     # Comparisons -----------------------------------------------------------
 
-    @functools.cache  # noqa: B019  (a study lives as long as its script)
     def load(self, name: str, noise: float = 0.0) -> _splits.Split:
         """A data set; always the digits with --quick."""
         return _splits.load("digits" if self.quick else name, noise, cache=self.out)

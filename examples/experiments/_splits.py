@@ -48,6 +48,7 @@ def rows(labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray, np.ndar
     return train, validation, test
 
 
+@functools.cache
 def load(name: str, noise: float = 0.0, *, cache: Path) -> Split:
     """The split of a data set, images standardised by one mean and one standard deviation.
 

@@ -1,6 +1,6 @@
 """How sharp are the solutions of SGD, SAM and ASAM? A table of measures and five figures.
 
-    python examples/landscape.py           # under three minutes on two cores
+    python examples/landscape.py           # about a minute on two cores
     python examples/landscape.py --quick   # a few seconds of everything, for CI
 
 The three train on the job of label_noise.py, with its settings: 1500 MNIST digits, 40 % of the

@@ -20,6 +20,7 @@ from sam_optax._decoupled_wsam import DecoupledWSAMState as DecoupledWSAMState
 from sam_optax._decoupled_wsam import decoupled_wsam as decoupled_wsam
 from sam_optax._functional import grad as grad
 from sam_optax._functional import value_and_grad as value_and_grad
+from sam_optax._functional import value_and_grad_fn as value_and_grad_fn
 from sam_optax._gam import GAMState as GAMState
 from sam_optax._gam import gam as gam
 from sam_optax._geometry import EigenState as EigenState
@@ -113,6 +114,7 @@ __all__ = (
     "stable_sam",
     "unnormalised_sam",
     "value_and_grad",
+    "value_and_grad_fn",
     "vasso",
     "wsam",
     "xsam",

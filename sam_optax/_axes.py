@@ -1,16 +1,17 @@
 """Mapped axes: averaging over them, and what differs between kinds of map.
 
-All code here that depends on the version of JAX is in `vary`.
+All code here that depends on the version of JAX is in `_marked`.
 """
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-AxisName: TypeAlias = str | tuple[str, ...]
+AxisName: TypeAlias = str | Sequence[str]
 
 
 def pmean(axis_name: AxisName) -> optax.GradientTransformationExtraArgs:
@@ -25,13 +26,20 @@ def pmean(axis_name: AxisName) -> optax.GradientTransformationExtraArgs:
         out = (1/n) sum over the axis of the updates
 
     Args:
-      axis_name: name of an axis of pmap, shard_map or vmap, or a tuple of them.
+      axis_name: name of an axis of pmap, shard_map or vmap, or a tuple or list
+        of them.
 
     Returns:
       A stateless transformation; its result is the same on every device.
 
     Raises:
       NameError: at the call, outside a map with that axis.
+      ValueError: at the call, under shard_map with replication checking, if
+        the updates do not vary over the axis: JAX has then summed them over
+        the devices already, and their mean would be n times too large. Cast
+        params with `jax.lax.pcast(params, axis_name, to="varying")` before
+        the gradient is taken, or use `value_and_grad` with axis_name. Without
+        replication checking, and under pmap, nothing is summed.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sam_optax
@@ -52,18 +60,30 @@ def pmean(axis_name: AxisName) -> optax.GradientTransformationExtraArgs:
 
     def update(updates: optax.Updates, params: optax.Params | None = None) -> optax.Updates:
         del params
-        return mean(updates, axis_name)
+        names = _names(axis_name)
+        _require_mapped(names)
+        _require_varying(updates, names)
+        return mean(updates, names)
 
     return optax.with_extra_args_support(optax.stateless(update))
 
 
 def mean(tree: Any, axis_name: AxisName) -> Any:
     """Mean over a mapped axis of the floating and complex leaves; others pass."""
+    names = _names(axis_name)
+    _require_mapped(names)
 
     def leaf_mean(x: Any) -> Any:
-        return jax.lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+        return jax.lax.pmean(x, names) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
     return jax.tree.map(leaf_mean, tree)
+
+
+def index(axis_name: AxisName) -> jax.Array:
+    """Index of this device, or group, along the axes together."""
+    names = _names(axis_name)
+    _require_mapped(names)
+    return jax.lax.axis_index(names)
 
 
 def vary(tree: Any, axis_name: AxisName) -> Any:
@@ -73,15 +93,58 @@ def vary(tree: Any, axis_name: AxisName) -> Any:
     replicated value is summed over the devices by JAX itself. Each device's
     own gradient needs the value marked as varying first.
     """
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    # Axes of vmap are not in the mesh and carry no marks.
-    manual = jax.sharding.get_abstract_mesh().manual_axes
+    names = _names(axis_name)
+    _require_mapped(names)
+    manual = _manual_axes()
 
     def leaf_vary(x: Any) -> Any:
         for name in (name for name in names if name in manual):
-            # A value that varies already refuses; how to ask differs between JAX versions.
-            with contextlib.suppress(ValueError):
-                x = jax.lax.pcast(x, name, to="varying")
+            x, _ = _marked(x, name)
         return x
 
     return jax.tree.map(leaf_vary, tree)
+
+
+def _names(axis_name: Any) -> tuple[Any, ...]:
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+
+
+def _require_mapped(names: tuple[Any, ...]) -> None:
+    for name in names:
+        try:
+            jax.lax.axis_size(name)
+        except NameError as error:
+            raise NameError(
+                "axis_name must be an axis of the pmap, shard_map or vmap that this runs in, "
+                f"got {name!r}"
+            ) from error
+
+
+def _manual_axes() -> tuple[Any, ...]:
+    # Axes of vmap are not in the mesh and carry no marks.
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _marked(x: Any, name: Any) -> tuple[Any, bool]:
+    """The value marked as varying, and whether it was not so before."""
+    # A value that varies already refuses; how to ask differs between JAX versions.
+    with contextlib.suppress(ValueError):
+        return jax.lax.pcast(x, name, to="varying"), True
+    return x, False
+
+
+def _require_varying(updates: Any, names: tuple[Any, ...]) -> None:
+    """Refuses what JAX has summed; without replication checking nothing ever carries marks."""
+    for name in (name for name in names if name in _manual_axes()):
+        for path, x in jax.tree_util.tree_leaves_with_path(updates):
+            if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+                continue
+            marked, was_whole = _marked(x, name)
+            if was_whole and not _marked(marked, name)[1]:
+                raise ValueError(
+                    f"updates must vary over the axis {name!r} that pmean averages over: JAX has "
+                    "summed the gradient over the devices, because params do not vary. Cast them "
+                    f"before you take it, params = jax.lax.pcast(params, {name!r}, to='varying'), "
+                    "or use sam_optax.value_and_grad(..., axis_name=...), got an update that does "
+                    f"not vary at {jax.tree_util.keystr(path) or 'the root'}"
+                )

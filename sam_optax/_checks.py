@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 
@@ -89,3 +91,55 @@ def same_structure(name: str, tree: Any, reference: Any) -> None:
         f"{name} must have the structure of the gradients given to update: "
         f"expected {jax.tree.structure(reference)}, got {jax.tree.structure(tree)}"
     )
+
+
+def booleans_like(name: str, prefix: Any, tree: Any) -> Any:
+    """A tree of booleans like the tree, from a prefix of one."""
+    try:
+        full = jax.tree.map(lambda m, part: jax.tree.map(lambda _: m, part), prefix, tree)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{name} must be a boolean or a tree of booleans that is a prefix of "
+            f"{jax.tree.structure(tree)}, got {prefix!r}: {error}"
+        ) from error
+    for entry in jax.tree.leaves(full):
+        if not isinstance(entry, bool | np.bool_):
+            raise ValueError(f"{name} must hold booleans, got {entry!r}")
+    return full
+
+
+def is_transform(name: str, value: Any) -> None:
+    """Requires an Optax transformation; the usual slips get a message of their own."""
+    if isinstance(value, optax.GradientTransformation):
+        return
+    if callable(value):
+        called = getattr(value, "__name__", "it")
+        raise TypeError(f"{name} must be a GradientTransformation: call {called}(), got {value!r}")
+    raise TypeError(
+        f"{name} must be a GradientTransformation such as sam_optax.sam(rho=0.05), got {value!r}"
+    )
+
+
+def ascends(name: str, transform: Any) -> None:
+    """Refuses what turns a gradient around, as every optimizer does.
+
+    Tried on a single number whose gradient is 1 everywhere, which tells only
+    of transforms that work there and are known now; the others are not judged.
+    """
+    one = np.ones((), np.float32)
+    constant = lambda params: jnp.ones_like(params)
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+        with jax.ensure_compile_time_eval(), jax.default_device(host):
+            out, _ = optax.with_extra_args_support(transform).update(
+                jnp.asarray(one), transform.init(one), jnp.asarray(one), grad_fn=constant
+            )
+            descends = bool(np.asarray(out) < 0)
+    except Exception:
+        return
+    if descends:
+        raise ValueError(
+            f"{name} must return a gradient, got one that turns it around, as an optimizer does: "
+            "apply the optimizer to the result, or chain(method, optimizer) with "
+            "value_and_grad_fn"
+        )

@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
-import jax
 import optax
 
-from sam_optax import _axes, _checks, _groups, _numerics
+from sam_optax import _axes, _doors
+from sam_optax._groups import Groups
 from sam_optax._methods import sam
 
 
@@ -22,8 +22,9 @@ def value_and_grad(
     batch_argnums: int | str | Sequence[int | str] | None = None,
     unroll: int | bool | None = None,
     vectorize: int | bool = 1,
-    average_aux: bool = True,
+    average_aux: Any = True,
     allow_int: bool = False,
+    extra_args: _doors.ExtraArgs | None = None,
 ) -> Callable[..., Any]:
     r"""Like `jax.value_and_grad`, with the sharpness-aware gradient.
 
@@ -41,19 +42,24 @@ def value_and_grad(
       loss_fn: loss_fn(params, *args, **kwargs) returns a scalar, or a pair of
         it and aux.
       transform: a method without state, such as `sam` or `asam` with constant
-        or traced rho; `sam()` by default.
+        or traced rho; `sam()` by default. It gets grad_fn and value_fn, the
+        gradient and the loss elsewhere with the same arguments.
       has_aux: whether loss_fn returns (loss, aux).
-      aux_from: which pass owns aux, "clean" (at w) or "perturbed" (at w + e).
-        BatchNorm statistics belong to the clean one.
-      axis_name: mapped axis (pmap, shard_map, vmap), or a tuple of them, over
-        which loss, gradient and aux are averaged. Each device perturbs with
-        its own gradient. Fold `jax.lax.axis_index` into keys yourself.
+      aux_from: which pass owns aux, "clean" (at w) or "perturbed" (at w + e,
+        the first such pass of methods with several). BatchNorm statistics
+        belong to the clean one.
+      axis_name: mapped axis (pmap, shard_map, vmap), or a tuple or list of
+        them, over which loss, gradient and aux are averaged. Each device
+        perturbs with its own gradient. Fold `jax.lax.axis_index` into keys
+        yourself.
       microbatch_size: examples per group, at least 1; has to divide the batch.
         Groups are contiguous, run one after another in the memory of one, and
         each gets its own key, `jax.random.fold_in(key, index)`, of every typed
-        key among the arguments. Use under jit. Of a batch sharded over a mesh
-        of explicit axes each group stays spread over the devices; where the
-        axes are automatic, prefer `jax.shard_map` with axis_name.
+        key among the arguments. A key that loss_fn closes over cannot be seen:
+        all groups would share it, and one dropout mask, so pass keys as
+        arguments. Use under jit. Of a batch sharded over a mesh of explicit
+        axes each group stays spread over the devices; where the axes are
+        automatic, prefer `jax.shard_map` with axis_name.
       batch_argnums: the arguments that microbatch_size splits along their first
         axis: positions as in loss_fn (params is 0) or names of keyword
         arguments. By default all positional ones; scalars and keys stay whole.
@@ -64,10 +70,15 @@ def value_and_grad(
       vectorize: groups evaluated together by `jax.vmap`; has to divide their
         number, True for all of them. Memory grows with it. Worth it where one
         group cannot fill the device.
-      average_aux: average aux over groups, which then has to be floating or
-        complex; otherwise devices keep their own and micro-batches are stacked
-        on a new first axis.
+      average_aux: which parts of aux are averaged over groups: a boolean, or
+        a tree of booleans that is a prefix of aux, such as (True, False) for
+        (statistics, logits). What is averaged has to be floating or complex.
+        Of the rest devices keep their own (logits leave shard_map with
+        out_specs=P("batch")) and micro-batches are stacked on a new first axis.
       allow_int: as in `jax.value_and_grad`.
+      extra_args: further keyword arguments for a transform with inputs of its
+        own: a mapping, or a function of the arguments of loss_fn, those of the
+        group, that returns one.
 
     Returns:
       A function of the arguments of loss_fn that returns (loss, grads), or
@@ -75,9 +86,15 @@ def value_and_grad(
 
     Raises:
       ValueError: for unknown aux_from, or microbatch_size or vectorize below 1;
-        at the call, for a transform with state, a batch that microbatch_size
-        does not divide, or groups that vectorize does not divide.
-      TypeError: at the call, for integer aux where an average is asked for.
+        at the call, for a transform with state or one that descends as an
+        optimizer does, a batch that microbatch_size does not divide, groups
+        that vectorize does not divide, keys of the old kind (uint32) where
+        groups would share them, or aux_from="perturbed" for a method that does
+        not take the perturbed gradient at every step.
+      TypeError: for a transform that is none, such as `sam` itself; at the
+        call, for integer aux where an average is asked for, or a loss that
+        returns aux without has_aux.
+      NameError: at the call, outside a map with the axis named.
 
     Example:
       >>> import jax.numpy as jnp, sam_optax
@@ -95,77 +112,24 @@ def value_and_grad(
       Costs what the transform costs, two gradients for `sam`. Inside jit the
       loss is traced once, however often it is evaluated.
     """
-    transform = optax.with_extra_args_support(transform)
-    _checks.one_of("aux_from", aux_from, ("clean", "perturbed"))
-    if microbatch_size is not None:
-        _checks.integer_at_least("microbatch_size", microbatch_size, 1)
-    _checks.integer_at_least("vectorize", int(vectorize), 1)
+    groups = Groups(axis_name, microbatch_size, batch_argnums, unroll, vectorize, average_aux)
 
-    def group_value_and_grad(params: Any, args: Any, kwargs: Any) -> Any:
-        """((loss, aux), grads) of one group of examples."""
-        state = transform.init(params)
-        if jax.tree.leaves(state):
-            raise ValueError(
-                "transform must be without state, which value_and_grad has nowhere to keep; "
-                "put it into optax.chain(transform, optimizer) and call update with grad_fn=, "
-                f"got state {jax.tree.structure(state)}"
-            )
+    def own_args(params: Any, carried: Any, args: Any, kwargs: Any) -> Any:
+        del carried
+        return extra_args(params, *args, **kwargs)  # type: ignore[operator]
 
-        def evaluate(params: Any) -> Any:
-            out, grads = jax.value_and_grad(loss_fn, has_aux=has_aux, allow_int=allow_int)(
-                params, *args, **kwargs
-            )
-            return out if has_aux else (out, None), _numerics.conjugate(grads)
-
-        # Called at w and at w + e: under jit, a jitted function is traced once
-        # for both. Outside, stay with what jax.value_and_grad does there.
-        if _checks.has_traced(params, args, kwargs):
-            evaluate = jax.jit(evaluate)
-        (loss, aux), clean = evaluate(params)
-        perturbed_aux = []
-
-        def descent_grad_fn(params: Any) -> Any:
-            (_, aux), grads = evaluate(params)
-            perturbed_aux.append(aux)
-            return grads
-
-        grads, _ = transform.update(
-            clean,
-            state,
-            params,
-            grad_fn=lambda params: evaluate(params)[1],
-            descent_grad_fn=descent_grad_fn,
-        )
-        if aux_from == "perturbed":
-            if not perturbed_aux:
-                raise ValueError(
-                    'aux_from must be "clean" for a transform that evaluates no perturbed '
-                    f"gradient, got {aux_from!r}"
-                )
-            aux = perturbed_aux[-1]
-        return (loss, aux), _numerics.conjugate(grads)
+    sharp = _doors.value_and_grad(
+        _pure(loss_fn, has_aux),
+        transform,
+        groups,
+        aux_from=aux_from,
+        extra_args=own_args if callable(extra_args) else extra_args,
+        allow_int=allow_int,
+    )
 
     @functools.wraps(loss_fn)
     def sharp_value_and_grad(params: Any, *args: Any, **kwargs: Any) -> Any:
-        if axis_name is not None:
-            params = _axes.vary(params, axis_name)
-        if microbatch_size is None:
-            (loss, aux), grads = group_value_and_grad(params, args, kwargs)
-        else:
-            (loss, aux), grads = _groups.mean_over_groups(
-                functools.partial(group_value_and_grad, params),
-                args,
-                kwargs,
-                size=microbatch_size,
-                argnums=batch_argnums,
-                unroll=unroll,
-                vectorize=vectorize,
-                stack_aux=not average_aux,
-            )
-        if axis_name is not None:
-            loss, grads = _axes.mean((loss, grads), axis_name)
-            if average_aux:
-                aux = _axes.mean(_groups.check_averageable(aux), axis_name)
+        (loss, aux, _), grads = sharp(params, (), args, kwargs)
         return ((loss, aux) if has_aux else loss), grads
 
     return sharp_value_and_grad
@@ -176,7 +140,7 @@ def grad(
     transform: optax.GradientTransformation = sam(),
     *,
     has_aux: bool = False,
-    **options: Any,
+    **options: Unpack[_doors.Options],
 ) -> Callable[..., Any]:
     """Like `jax.grad`, with the sharpness-aware gradient.
 
@@ -213,3 +177,90 @@ def grad(
         return (grads, value[1]) if has_aux else grads
 
     return sharp_grad
+
+
+def value_and_grad_fn(
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    axis_name: _axes.AxisName | None = None,
+    microbatch_size: int | None = None,
+    batch_argnums: int | str | Sequence[int | str] | None = None,
+    unroll: int | bool | None = None,
+    vectorize: int | bool = 1,
+    average_aux: Any = True,
+    allow_int: bool = False,
+) -> Callable[..., Any]:
+    r"""The clean value and gradient, and the function that gives the gradient elsewhere.
+
+    What a method in `optax.chain` needs of a loss, in one call. For methods
+    with memory (`look_sam`, a schedule of rho, an average); those without
+    may use `value_and_grad`.
+
+        value = L(w),  grads = grad L(w),  grad_fn(v) = grad L(v)
+
+    Args:
+      loss_fn: as in `value_and_grad`; the arguments of this call (batch, keys)
+        serve grad_fn as well, so that all passes share one dropout mask.
+      has_aux: whether loss_fn returns (loss, aux); aux is the clean pass's.
+      axis_name: mapped axis over which value and aux are averaged. grads and
+        grad_fn are each device's own, under shard_map with replication checking
+        too: `pmean` after the method in the chain averages (m-sharpness), and
+        inside the ascent as well gives one shared perturbation.
+      microbatch_size: examples that fit in memory together. grads and grad_fn
+        are means over the groups: gradient accumulation with one perturbation
+        for all.
+      batch_argnums: as in `value_and_grad`, and likewise unroll, vectorize and
+        average_aux.
+      unroll: see `value_and_grad`.
+      vectorize: see `value_and_grad`.
+      average_aux: see `value_and_grad`.
+      allow_int: as in `jax.value_and_grad`.
+
+    Returns:
+      A function of the arguments of loss_fn that returns (value, grads,
+      grad_fn), or ((value, aux), grads, grad_fn) with has_aux, for
+      `tx.update(grads, state, params, grad_fn=grad_fn)`. For complex leaves
+      the gradients are the conjugate of `jax.grad`'s, as Optax has them.
+
+    Raises:
+      ValueError, TypeError, NameError: as `value_and_grad`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, sam_optax
+      >>> tx = optax.chain(sam_optax.look_sam(rho=0.1, k=2), optax.sgd(0.1))
+      >>> evaluate = sam_optax.value_and_grad_fn(lambda w, x: jnp.sum((w - x) ** 2))
+      >>> @jax.jit
+      ... def step(w, state, x):
+      ...     value, grads, grad_fn = evaluate(w, x)
+      ...     updates, state = tx.update(grads, state, w, grad_fn=grad_fn)
+      ...     return optax.apply_updates(w, updates), state, value
+      >>> w = jnp.array([3.0, 4.0])
+      >>> w, state, value = step(w, tx.init(w), jnp.zeros(2))
+      >>> print(w, value)  # 0.1 times the gradient at [3.06 4.08]
+      [2.388 3.184] 25.0
+
+    References:
+      Foret et al., `Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2010.01412>`_, 2020, algorithm 1.
+
+    Note:
+      One gradient, and one more for each call of grad_fn. Inside jit the loss
+      is traced once, and gradients that nothing uses cost nothing.
+    """
+    groups = Groups(axis_name, microbatch_size, batch_argnums, unroll, vectorize, average_aux)
+    start = _doors.value_and_grad_fn(_pure(loss_fn, has_aux), groups, allow_int=allow_int)
+
+    @functools.wraps(loss_fn)
+    def clean_value_and_grad_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+        (value, aux, _), grads, grad_fn = start(params, (), args, kwargs)
+        return ((value, aux) if has_aux else value), grads, grad_fn
+
+    return clean_value_and_grad_fn
+
+
+def _pure(loss_fn: Callable[..., Any], has_aux: bool) -> _doors.Loss:
+    def loss(params: Any, carried: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+        return *_doors.pair(loss_fn(params, *args, **kwargs), has_aux), carried
+
+    return loss

@@ -5,81 +5,155 @@ groups in strides, which is not how devices share a batch; groups here are
 contiguous, so that micro-batches and devices give the same numbers.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from sam_optax import _numerics
+from sam_optax import _axes, _checks, _numerics
+
+# ((loss, aux, carried), grads): carried is the state of objects among the arguments, which is
+# never split, whose floats are averaged over groups and whose keys are folded with their index.
+Result: TypeAlias = tuple[tuple[Any, Any, Any], Any]
+Evaluate: TypeAlias = Callable[[Any, Any, Any], Result]  # of (carried, args, kwargs)
 
 
-def mean_over_groups(
-    group_value_and_grad: Callable[[Any, Any], Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    size: int,
-    argnums: int | str | Sequence[int | str] | None,
-    unroll: int | bool | None,
-    vectorize: int | bool,
-    stack_aux: bool,
-) -> Any:
-    """Mean of ((loss, aux), grads) over groups, in the memory of those evaluated together."""
-    if argnums is None:
-        argnums = range(1, len(args) + 1)
-    elif isinstance(argnums, int | str):
-        argnums = (argnums,)
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    is_batch = jax.tree.leaves(_named(args, kwargs, argnums))
-    # A scalar or a key among the batch arguments belongs to every group.
-    is_batch = [
-        b and not _is_key(x) and jnp.ndim(x) > 0 for b, x in zip(is_batch, leaves, strict=True)
-    ]
-    batch = [x for b, x in zip(is_batch, leaves, strict=True) if b]
-    groups = _number_of_groups(size, batch)
-    together = _number_together(vectorize, groups)
-    one_by_one = together == 1
-    axes = (groups, size) if one_by_one else (groups // together, together, size)
-    split = [_split(x, *axes) for x in batch]
-    indices = jnp.arange(groups).reshape(axes[:-1])
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """How a call shares its examples out: the options of all doors, checked when built."""
 
-    @jax.jit
-    def evaluate(index: jax.Array, group: list[jax.Array]) -> Any:
-        parts = iter(group)
-        merged = [
-            next(parts) if b else _own_key(x, index) for b, x in zip(is_batch, leaves, strict=True)
-        ]
-        (loss, aux), grads = group_value_and_grad(*jax.tree.unflatten(treedef, merged))
-        return (
-            ((loss, grads, {}), aux) if stack_aux else ((loss, grads, check_averageable(aux)), None)
-        )
+    axis_name: _axes.AxisName | None = None
+    microbatch_size: int | None = None
+    batch_argnums: int | str | Sequence[int | str] | None = None
+    unroll: int | bool | None = None
+    vectorize: int | bool = 1
+    average_aux: Any = True
+    first: int = 1  # position in loss_fn of the first of args
 
-    # Abstract evaluation fills the cache of the jitted function: one trace in all.
-    first = jax.tree.map(lambda x: x[0] if one_by_one else x[0, 0], (indices, split))
-    like, _ = jax.eval_shape(evaluate, *first)
-    if unroll is None:
-        # XLA compiles the gradient of a convolution badly inside of loops on a CPU.
-        on_cpu = jax.default_backend() == "cpu"
-        unroll = on_cpu and _convolves(jax.make_jaxpr(evaluate)(*first))
+    def __post_init__(self) -> None:
+        if self.microbatch_size is not None:
+            _checks.integer_at_least("microbatch_size", self.microbatch_size, 1)
+        if not isinstance(self.vectorize, bool):
+            _checks.integer_at_least("vectorize", self.vectorize, 1)
 
-    def body(total: Any, part: Any) -> Any:
-        if unroll is True or unroll > 1:  # True == 1 in Python
-            part = _after(total, part)
-        if one_by_one:
-            averaged, stacked = evaluate(*part)
-        else:
-            averaged, stacked = jax.vmap(evaluate)(*part)
-            averaged = jax.tree.map(_sum_over_first_axis, averaged)
-        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, averaged), stacked
+    def over_microbatches(self, evaluate: Evaluate, carried: Any, args: Any, kwargs: Any) -> Result:
+        """Mean of evaluate(carried, args, kwargs) over groups, in the memory of those together."""
+        if self.microbatch_size is None:
+            return evaluate(carried, args, kwargs)
+        leaves, treedef = jax.tree.flatten((carried, args, kwargs))
+        is_batch = self._is_batch(carried, args, kwargs, leaves)
+        batch = [x for b, x in zip(is_batch, leaves, strict=True) if b]
+        groups = _number_of_groups(self.microbatch_size, batch)
+        together = _number_together(self.vectorize, groups)
+        one_by_one = together == 1
+        sizes = (groups,) if one_by_one else (groups // together, together)
+        split = [_split(x, *sizes, self.microbatch_size) for x in batch]
+        indices = jnp.arange(groups).reshape(sizes)
 
-    zeros = jax.tree.map(lambda x: _numerics.widened(jnp.zeros_like(x)), like)
-    total, aux = jax.lax.scan(body, zeros, (indices, split), unroll=unroll)
-    loss, grads, averaged_aux = jax.tree.map(lambda t, x: (t / groups).astype(x.dtype), total, like)
-    aux = jax.tree.map(lambda x: x.reshape(groups, *x.shape[len(axes) - 1 :]), aux)
-    return (loss, aux if stack_aux else averaged_aux), grads
+        @jax.jit
+        def of_group(index: jax.Array, group: list[jax.Array]) -> Any:
+            parts = iter(group)
+            merged = [
+                next(parts) if b else _own_key(x, index)
+                for b, x in zip(is_batch, leaves, strict=True)
+            ]
+            (loss, aux, carried), grads = evaluate(*jax.tree.unflatten(treedef, merged))
+            averaged, own = _parted(aux, self._averaged(aux))
+            averageable, rest = _parted(carried, jax.tree.map(_is_inexact, carried))
+            return (loss, averaged, averageable, grads), (own, rest)
+
+        # Abstract evaluation fills the cache of the jitted function: one trace in all.
+        first = jax.tree.map(lambda x: x[0] if one_by_one else x[0, 0], (indices, split))
+        like, _ = jax.eval_shape(of_group, *first)
+        unroll = self.unroll
+        if unroll is None:
+            # XLA compiles the gradient of a convolution badly inside of loops on a CPU.
+            on_cpu = jax.default_backend() == "cpu"
+            unroll = on_cpu and _convolves(jax.make_jaxpr(of_group)(*first))
+
+        def body(total: Any, part: Any) -> Any:
+            if unroll is True or unroll > 1:  # True == 1 in Python
+                part = _after(total, part)
+            if one_by_one:
+                averaged, stacked = of_group(*part)
+            else:
+                averaged, stacked = jax.vmap(of_group)(*part)
+                averaged = jax.tree.map(_sum_over_first_axis, averaged)
+            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, averaged), stacked
+
+        zeros = jax.tree.map(lambda x: _numerics.widened(jnp.zeros_like(x)), like)
+        total, stacked = jax.lax.scan(body, zeros, (indices, split), unroll=unroll)
+        mean = jax.tree.map(lambda t, x: (t / groups).astype(x.dtype), total, like)
+        loss, averaged, averageable, grads = mean
+        own, rest = jax.tree.map(lambda x: x.reshape(groups, *x.shape[len(sizes) :]), stacked)
+        # What is no float among the carried (counts, keys) is alike in all groups.
+        rest = jax.tree.map(lambda x: x[0], rest)
+        return (loss, _joined(averaged, own), _joined(averageable, rest)), grads
+
+    def over_devices(self, tree: Any) -> Any:
+        """Mean over the mapped axis, if there is one."""
+        return tree if self.axis_name is None else _axes.mean(tree, self.axis_name)
+
+    def aux_over_devices(self, aux: Any) -> Any:
+        if self.axis_name is None:
+            return aux
+        averaged, own = _parted(aux, self._averaged(aux))
+        return _joined(_axes.mean(averaged, self.axis_name), own)
+
+    def _averaged(self, aux: Any) -> Any:
+        """Booleans like aux: which leaves are averaged, all of which can be."""
+        chosen = _checks.booleans_like("average_aux", self.average_aux, aux)
+        for (path, leaf), average in zip(
+            jax.tree_util.tree_leaves_with_path(aux), jax.tree.leaves(chosen), strict=True
+        ):
+            if average and not _is_inexact(leaf):
+                raise TypeError(
+                    "aux must be floating or complex to be averaged over groups: cast it, or set "
+                    "average_aux to False or to a tree like aux with False there, "
+                    f"got {jnp.result_type(leaf)} at aux{jax.tree_util.keystr(path)}"
+                )
+        return chosen
+
+    def _is_batch(self, carried: Any, args: Any, kwargs: Any, leaves: list[Any]) -> list[bool]:
+        argnums = self.batch_argnums
+        if argnums is None:
+            argnums = range(self.first, len(args) + self.first)
+        elif isinstance(argnums, int | str):
+            argnums = (argnums,)
+        never = jax.tree.map(lambda _: False, carried)
+        named = jax.tree.leaves((never, *_named(args, kwargs, argnums, self.first)))
+        for x in leaves:
+            if _is_legacy_key(x):
+                raise ValueError(
+                    "random keys must be typed, so that each group gets its own: "
+                    "jax.random.key(seed), or jax.random.wrap_key_data(key) (integers that are "
+                    f"no key: cast them to int32), got {jnp.result_type(x)}{list(x.shape)}"
+                )
+        # A scalar or a key among the batch arguments belongs to every group.
+        return [b and not is_key(x) and np.ndim(x) > 0 for b, x in zip(named, leaves, strict=True)]
+
+
+def _is_inexact(x: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+
+
+def _parted(tree: Any, chosen: Any) -> tuple[Any, Any]:
+    """The leaves that are chosen and the others, None in place of what is missing."""
+    return (
+        jax.tree.map(lambda c, x: x if c else None, chosen, tree),
+        jax.tree.map(lambda c, x: None if c else x, chosen, tree),
+    )
+
+
+def _joined(some: Any, others: Any) -> Any:
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, some, others, is_leaf=lambda x: x is None
+    )
 
 
 def _split(x: Any, *sizes: int) -> jax.Array:
@@ -94,7 +168,8 @@ def _split(x: Any, *sizes: int) -> jax.Array:
     shards = math.prod(mesh.shape[name] for name in ([first] if isinstance(first, str) else first))
     spread = first if sizes[-1] % shards == 0 else None
     spec = PartitionSpec(*[None] * (len(sizes) - 1), spread, *rest)
-    return jax.lax.reshape(x, shape, out_sharding=spec)
+    # With its mesh: outside of jit there may be no mesh in context.
+    return jax.lax.reshape(x, shape, out_sharding=NamedSharding(mesh, spec))
 
 
 def _sum_over_first_axis(x: jax.Array) -> jax.Array:
@@ -125,28 +200,18 @@ def _convolves(program: Any) -> bool:
     )
 
 
-def check_averageable(aux: Any) -> Any:
-    """The aux, if all of it can be averaged over groups."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            raise TypeError(
-                "aux must be floating or complex to be averaged over groups: cast it or set "
-                f"average_aux=False, got {jnp.result_type(leaf)} at aux{jax.tree_util.keystr(path)}"
-            )
-    return aux
-
-
-def _named(args: Any, kwargs: Any, argnums: Sequence[int | str]) -> Any:
+def _named(args: Any, kwargs: Any, argnums: Sequence[int | str], first: int) -> Any:
     """Booleans like (args, kwargs): which leaves are in the arguments named."""
+    end = len(args) + first
     for name in argnums:
-        known = name in kwargs if isinstance(name, str) else 1 <= name <= len(args)
+        known = name in kwargs if isinstance(name, str) else first <= name < end
         if not known:
             raise ValueError(
-                "batch_argnums must be positions of arguments after params (which is 0) or names "
-                f"of keyword arguments, got {name!r} with {len(args)} positional arguments after "
-                f"params and keywords {sorted(kwargs)}"
+                "batch_argnums must be positions of arguments as in loss_fn (params is 0 and no "
+                f"batch) or names of keyword arguments, got {name!r} with positions "
+                f"{list(range(first, end))} and keywords {sorted(kwargs)}"
             )
-    chosen_args = [jax.tree.map(lambda _, n=n: n in argnums, a) for n, a in enumerate(args, 1)]
+    chosen_args = [jax.tree.map(lambda _, n=n: n in argnums, a) for n, a in enumerate(args, first)]
     chosen_kwargs = {n: jax.tree.map(lambda _, n=n: n in argnums, a) for n, a in kwargs.items()}
     return tuple(chosen_args), chosen_kwargs
 
@@ -169,7 +234,7 @@ def _number_of_groups(size: int, batch: list[Any]) -> int:
 
 
 def _number_together(vectorize: int | bool, groups: int) -> int:
-    together = groups if vectorize is True else vectorize
+    together = groups if vectorize is True else int(vectorize) or 1  # False: one by one
     if groups % together:
         raise ValueError(
             "vectorize must divide the number of groups, "
@@ -178,13 +243,22 @@ def _number_together(vectorize: int | bool, groups: int) -> int:
     return together
 
 
-def _is_key(x: Any) -> bool:
+def is_key(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _own_key(x: Any, index: jax.Array) -> Any:
+def _is_legacy_key(x: Any) -> bool:
+    """Whether an array looks like the data of a key, of which JAX's own have 2 or 4 words."""
+    return getattr(x, "dtype", None) == np.uint32 and np.shape(x) in ((2,), (4,))
+
+
+def own_keys(tree: Any, index: jax.Array) -> Any:
     """Groups share all that is not split, but not their randomness."""
-    if not _is_key(x):
+    return jax.tree.map(lambda x: _own_key(x, index), tree)
+
+
+def _own_key(x: Any, index: jax.Array) -> Any:
+    if not is_key(x):
         return x
     fold = jax.random.fold_in
     for _ in range(x.ndim):

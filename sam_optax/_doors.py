@@ -1,0 +1,235 @@
+"""What all doors share: passes over a loss, a method over the passes, groups of examples.
+
+A door makes of its arguments a pure loss(params, carried, args, kwargs) that
+returns (loss, aux, carried). carried is the state of objects among the
+arguments (BatchNorm statistics, random streams), empty for plain functions:
+every pass of a step starts from the same one, and the clean pass's result is
+kept.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, TypedDict
+
+import jax
+import optax
+
+from sam_optax import _axes, _checks, _groups, _numerics
+from sam_optax._groups import Groups, Result
+
+Loss: TypeAlias = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
+ExtraArgs: TypeAlias = Mapping[str, Any] | Callable[..., Mapping[str, Any]]
+
+
+class GroupOptions(TypedDict, total=False):
+    """Options of `sam_optax.value_and_grad_fn`, for the doors of modules."""
+
+    axis_name: _axes.AxisName | None
+    microbatch_size: int | None
+    batch_argnums: int | str | Sequence[int | str] | None
+    unroll: int | bool | None
+    vectorize: int | bool
+    average_aux: Any
+    allow_int: bool
+
+
+class Options(GroupOptions, total=False):
+    """Options of `sam_optax.value_and_grad`, for the doors of modules."""
+
+    aux_from: Literal["clean", "perturbed"]
+    extra_args: ExtraArgs
+
+
+def split_options(options: Any, known: Any, first: int) -> tuple[Groups, dict[str, Any]]:
+    """The options about groups, checked, and the others."""
+    unknown = set(options) - known.__optional_keys__
+    if unknown:
+        raise TypeError(
+            f"options must be among {sorted(known.__optional_keys__)}, got {sorted(unknown)}"
+        )
+    names = Groups.__dataclass_fields__
+    groups = Groups(first=first, **{n: v for n, v in options.items() if n in names})
+    return groups, {n: v for n, v in options.items() if n not in names}
+
+
+def check(transform: Any, aux_from: str = "clean", **_: Any) -> None:
+    """What can be said of the arguments of `value_and_grad` before the call."""
+    _checks.one_of("aux_from", aux_from, ("clean", "perturbed"))
+    _checks.is_transform("transform", transform)
+
+
+def value_and_grad(
+    loss: Loss,
+    transform: Any,
+    groups: Groups,
+    *,
+    aux_from: str = "clean",
+    extra_args: ExtraArgs | None = None,
+    allow_int: bool = False,
+) -> Callable[[Any, Any, Any, Any], Result]:
+    """((loss, aux, carried), the method's gradient) as a function of the arguments of the loss."""
+    check(transform, aux_from)
+    method = optax.with_extra_args_support(transform)
+
+    def of_group(params: Any, carried: Any, args: Any, kwargs: Any) -> Result:
+        state = method.init(params)
+        if jax.tree.leaves(state):
+            raise ValueError(
+                "transform must be without state, which value_and_grad has nowhere to keep: put "
+                "the method into optax.chain(method, optimizer) and call update with grad_fn= "
+                "(value_and_grad_fn gives it); an optimizer is no transform, it comes after, "
+                f"got state {jax.tree.structure(state)}"
+            )
+        _checks.ascends("transform", transform)
+        evaluate = _pass(loss, carried, args, kwargs, allow_int=allow_int, traced=params)
+        clean, grads = evaluate(params)
+        given = extra_args(params, carried, args, kwargs) if callable(extra_args) else extra_args
+        given = dict(given or {})
+        perturbed = []
+
+        def descent_grad_fn(params: Any) -> Any:
+            out, grads = evaluate(params)
+            perturbed.append(out)
+            return grads
+
+        if aux_from == "perturbed":
+            given["descent_grad_fn"] = descent_grad_fn
+        grads, _ = method.update(
+            grads,
+            state,
+            params,
+            grad_fn=lambda params: evaluate(params)[1],
+            value_fn=lambda params: loss(params, carried, args, kwargs)[0],
+            **given,
+        )
+        owner = clean
+        if aux_from == "perturbed":
+            if not perturbed:
+                raise ValueError(
+                    'aux_from must be "clean" for a transform that evaluates no perturbed '
+                    f"gradient, got {aux_from!r}"
+                )
+            owner = (clean[0], *_usable(perturbed[0])[1:])
+        return owner, _numerics.conjugate(grads)
+
+    def sharp(params: Any, carried: Any, args: Any, kwargs: Any) -> Result:
+        if groups.axis_name is not None:
+            params = _axes.vary(params, groups.axis_name)
+            carried = _groups.own_keys(carried, _axes.index(groups.axis_name))
+        (loss, aux, carried), grads = groups.over_microbatches(
+            lambda *rest: of_group(params, *rest), carried, args, kwargs
+        )
+        loss, carried, grads = groups.over_devices((loss, carried, grads))
+        return (loss, groups.aux_over_devices(aux), carried), grads
+
+    return sharp
+
+
+def value_and_grad_fn(
+    loss: Loss, groups: Groups, *, allow_int: bool = False
+) -> Callable[[Any, Any, Any, Any], tuple[tuple[Any, Any, Any], Any, Callable[[Any], Any]]]:
+    """((loss, aux, carried), gradient, grad_fn): the clean pass, and the gradient elsewhere."""
+
+    def start(params: Any, carried: Any, args: Any, kwargs: Any) -> Any:
+        if groups.axis_name is not None:
+            carried = _groups.own_keys(carried, _axes.index(groups.axis_name))
+
+        def evaluate(params: Any) -> Result:
+            return groups.over_microbatches(
+                lambda *parts: _pass(loss, *parts, allow_int=allow_int)(params),
+                carried,
+                args,
+                kwargs,
+            )
+
+        if _checks.has_traced(params, carried, args, kwargs):
+            evaluate = jax.jit(evaluate)
+
+        def everywhere(params: Any) -> Result:
+            if groups.axis_name is not None:
+                params = _axes.vary(params, groups.axis_name)
+            return evaluate(params)
+
+        (value, aux, new_carried), grads = everywhere(params)
+        value, new_carried = groups.over_devices((value, new_carried))
+        aux = groups.aux_over_devices(aux)
+        return (value, aux, new_carried), grads, lambda params: everywhere(params)[1]
+
+    return start
+
+
+def pair(out: Any, has_aux: bool) -> tuple[Any, Any]:
+    """(loss, aux) from what a loss returned."""
+    if has_aux:
+        if not isinstance(out, tuple | list) or len(out) != 2:
+            raise TypeError(
+                f"loss_fn must return (loss, aux) with has_aux=True, got {type(out).__name__}"
+            )
+        return out[0], out[1]
+    if isinstance(out, tuple | list):
+        raise TypeError(
+            "loss_fn must return a scalar, or has_aux must be True for one that returns "
+            f"(loss, aux), got a {type(out).__name__} of {len(out)}"
+        )
+    return out, None
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Hole:
+    """Stands in a tree where an object was; no leaf of it."""
+
+    index: int
+
+
+def without(tree: Any, is_object: Callable[[Any], bool], objects: list[Any]) -> Any:
+    """The tree with holes in place of its objects, which are added to the list."""
+
+    def hole(x: Any) -> Any:
+        if not is_object(x):
+            return x
+        objects.append(x)
+        return Hole(len(objects) - 1)
+
+    return jax.tree.map(hole, tree, is_leaf=is_object)
+
+
+def filled(tree: Any, objects: Any) -> Any:
+    """The tree with the objects in place of its holes."""
+    return map_holes(lambda x: objects[x.index] if isinstance(x, Hole) else x, tree)
+
+
+def map_holes(fn: Callable[..., Any], *trees: Any) -> Any:
+    """`jax.tree.map` that sees holes as leaves."""
+    return jax.tree.map(fn, *trees, is_leaf=lambda x: isinstance(x, Hole))
+
+
+def _pass(
+    loss: Loss, carried: Any, args: Any, kwargs: Any, *, allow_int: bool, traced: Any = None
+) -> Callable[[Any], Result]:
+    """One forward and backward pass as a function of params, traced once for all."""
+
+    def evaluate(params: Any) -> Result:
+        def loss_of(params: Any) -> Any:
+            value, *rest = loss(params, carried, args, kwargs)
+            return value, tuple(rest)
+
+        (value, rest), grads = jax.value_and_grad(loss_of, has_aux=True, allow_int=allow_int)(
+            params
+        )
+        return (value, *rest), _numerics.conjugate(grads)
+
+    # Called at w and at w + e: under jit, a jitted function is traced once
+    # for both. Outside, stay with what jax.value_and_grad does there.
+    return jax.jit(evaluate) if _checks.has_traced(traced, carried, args, kwargs) else evaluate
+
+
+def _usable(out: Any) -> Any:
+    """What a perturbed pass gave, unless the pass ran inside of a branch and may never happen."""
+    try:
+        return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, out)
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(
+            'aux_from must be "clean" for a method that takes the perturbed gradient at some '
+            "steps only (when=), got 'perturbed'"
+        ) from error

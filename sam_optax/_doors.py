@@ -85,32 +85,34 @@ def value_and_grad(
         clean, grads = evaluate(params)
         given = extra_args(params, carried, args, kwargs) if callable(extra_args) else extra_args
         given = dict(given or {})
-        perturbed = []
+        given |= {
+            "grad_fn": lambda params: evaluate(params)[1],
+            "value_fn": lambda params: loss(params, carried, args, kwargs)[0],
+        }
+        if aux_from == "clean":
+            grads, _ = method.update(grads, state, params, **given)
+            return clean, _numerics.conjugate(grads)
 
-        def descent_grad_fn(params: Any) -> Any:
-            out, grads = evaluate(params)
-            perturbed.append(out)
-            return grads
+        def update() -> tuple[Any, Any]:
+            passes = []
 
-        if aux_from == "perturbed":
-            given["descent_grad_fn"] = descent_grad_fn
-        grads, _ = method.update(
-            grads,
-            state,
-            params,
-            grad_fn=lambda params: evaluate(params)[1],
-            value_fn=lambda params: loss(params, carried, args, kwargs)[0],
-            **given,
-        )
-        owner = clean
-        if aux_from == "perturbed":
-            if not perturbed:
+            def descent_grad_fn(params: Any) -> Any:
+                out, grads = evaluate(params)
+                passes.append(out)
+                return grads
+
+            result, _ = method.update(
+                grads, state, params, descent_grad_fn=descent_grad_fn, **given
+            )
+            if not passes:
                 raise ValueError(
                     'aux_from must be "clean" for a transform that evaluates no perturbed '
                     f"gradient, got {aux_from!r}"
                 )
-            owner = (clean[0], *_usable(perturbed[0])[1:])
-        return owner, _numerics.conjugate(grads)
+            return result, passes[0]
+
+        result, (_, *perturbed) = update()
+        return (clean[0], *perturbed), _numerics.conjugate(result)
 
     def sharp(params: Any, carried: Any, args: Any, kwargs: Any) -> Result:
         if groups.axis_name is not None:
@@ -222,14 +224,3 @@ def _pass(
     # Called at w and at w + e: under jit, a jitted function is traced once
     # for both. Outside, stay with what jax.value_and_grad does there.
     return jax.jit(evaluate) if _checks.has_traced(traced, carried, args, kwargs) else evaluate
-
-
-def _usable(out: Any) -> Any:
-    """What a perturbed pass gave, unless the pass ran inside of a branch and may never happen."""
-    try:
-        return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, out)
-    except jax.errors.UnexpectedTracerError as error:
-        raise ValueError(
-            'aux_from must be "clean" for a method that takes the perturbed gradient at some '
-            "steps only (when=), got 'perturbed'"
-        ) from error

@@ -86,7 +86,9 @@ class Groups:
                 averaged = jax.tree.map(_sum_over_first_axis, averaged)
             return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, averaged), stacked
 
-        zeros = jax.tree.map(lambda x: _numerics.widened(jnp.zeros_like(x)), like)
+        # The arguments bring the mesh along where none is in context.
+        zeros_like = lambda *_: jax.tree.map(_wide_zeros, like)
+        zeros = jax.jit(zeros_like, keep_unused=True)(*first)
         total, stacked = jax.lax.scan(body, zeros, (indices, split), unroll=unroll)
         mean = jax.tree.map(lambda t, x: (t / groups).astype(x.dtype), total, like)
         loss, averaged, averageable, grads = mean
@@ -136,6 +138,10 @@ class Groups:
                 )
         # A scalar or a key among the batch arguments belongs to every group.
         return [b and not is_key(x) and np.ndim(x) > 0 for b, x in zip(named, leaves, strict=True)]
+
+
+def _wide_zeros(x: Any) -> jax.Array:
+    return _numerics.widened(jnp.zeros_like(x))
 
 
 def _is_inexact(x: Any) -> bool:

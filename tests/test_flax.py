@@ -1,4 +1,4 @@
-"""Flax linen, Flax NNX and Equinox models in jit-compiled training steps."""
+"""Flax linen and Equinox models in jit-compiled training steps."""
 
 import functools
 
@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from flax.training.train_state import TrainState
 
 import sam_optax
-import sam_optax.nnx
 
 RHO = 0.3
 X = jax.random.normal(jax.random.key(0), (16, 6))
@@ -103,103 +101,6 @@ def test_linen_microbatches_average_the_statistics():
     ]
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
     assert_close(((loss, new_stats), grads), mean)
-
-
-class Module(nnx.Module):
-    def __init__(self, rngs):
-        self.first = nnx.Linear(6, 8, rngs=rngs)
-        self.norm = nnx.BatchNorm(8, momentum=0.9, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.last = nnx.Linear(8, 1, rngs=rngs)
-
-    def __call__(self, x):
-        return self.last(self.dropout(jnp.tanh(self.norm(self.first(x)))))[:, 0]
-
-
-def nnx_loss(model, x, y):
-    return jnp.mean((model(x) - y) ** 2)
-
-
-def pure(tree):
-    """Values of an NNX state, keys of random streams as their data."""
-
-    def value(x):
-        x = x[...] if isinstance(x, nnx.Variable) else x
-        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(x) if is_key else x)
-
-    return jax.tree.map(value, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
-
-@pytest.mark.parametrize("jit", [True, False])
-def test_nnx_follows_the_equation_and_advances_once(jit):
-    model, reference = Module(nnx.Rngs(0)), Module(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
-    plain = nnx.Optimizer(reference, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
-
-    def step(model, optimizer):
-        loss, grads = sam_optax.nnx.value_and_grad(nnx_loss, sam_optax.sam(RHO))(model, X, Y)
-        optimizer.update(model, grads)
-        return loss
-
-    step = nnx.jit(step) if jit else step
-    for _ in range(3):
-        loss = step(model, optimizer)
-        # By hand: two copies of the module, as it was, one moved by e.
-        moved = nnx.clone(reference)
-        clean_loss, g = nnx.value_and_grad(nnx_loss)(reference, X, Y)
-        nnx.update(moved, perturbed(nnx.state(reference, nnx.Param), g))
-        plain.update(reference, nnx.grad(nnx_loss)(moved, X, Y))
-        assert_close(loss, clean_loss)
-        assert_close(pure(nnx.state(model)), pure(nnx.state(reference)))
-
-
-def test_nnx_options_aux_microbatches_and_perturbed_statistics():
-    def loss_with_aux(model, x, y):
-        return nnx_loss(model, x, y), {"mean": jnp.mean(x)}
-
-    model = Module(nnx.Rngs(0))
-    before = pure(nnx.state(model))
-    sharp = sam_optax.nnx.value_and_grad(
-        loss_with_aux, sam_optax.sam(RHO), has_aux=True, microbatch_size=8
-    )
-    (_, aux), grads = nnx.jit(lambda model: sharp(model, X, Y))(model)
-    np.testing.assert_allclose(aux["mean"], jnp.mean(X), rtol=1e-5)
-    assert jax.tree.structure(pure(grads)) == jax.tree.structure(pure(nnx.state(model, nnx.Param)))
-    after = pure(nnx.state(model))
-    expected = 0.1 * np.mean(
-        [pure_mean(Module(nnx.Rngs(0)), X[:8]), pure_mean(Module(nnx.Rngs(0)), X[8:])], axis=0
-    )
-    np.testing.assert_allclose(after["norm"]["mean"], expected, rtol=1e-4, atol=1e-6)
-    assert after["dropout"]["rngs"]["count"] == before["dropout"]["rngs"]["count"] + 1
-
-    clean, other = Module(nnx.Rngs(0)), Module(nnx.Rngs(0))
-    sam_optax.nnx.value_and_grad(nnx_loss, sam_optax.sam(RHO))(clean, X, Y)
-    sam_optax.nnx.value_and_grad(nnx_loss, sam_optax.sam(RHO), aux_from="perturbed")(other, X, Y)
-    assert np.abs(clean.norm.mean[...] - other.norm.mean[...]).max() > 1e-4
-
-
-def pure_mean(model, x):
-    return np.asarray(jnp.mean(model.first(x), axis=0))
-
-
-def test_nnx_optimizer_in_the_optax_door():
-    """A stock nnx.Optimizer hands grad_fn on to the chain."""
-    model, other = Module(nnx.Rngs(0)), Module(nnx.Rngs(0))
-    for module in (model, other):
-        module.eval()  # no state moves
-    tx = optax.chain(sam_optax.sam(RHO), optax.sgd(0.1))
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    graph, _, rest = nnx.split(model, nnx.Param, ...)
-
-    def grad_fn(params):
-        return jax.grad(lambda params: nnx_loss(nnx.merge(graph, params, rest), X, Y))(params)
-
-    optimizer.update(model, nnx.grad(nnx_loss)(model, X, Y), grad_fn=grad_fn)
-    plain = nnx.Optimizer(other, optax.sgd(0.1), wrt=nnx.Param)
-    _, grads = sam_optax.nnx.value_and_grad(nnx_loss, sam_optax.sam(RHO))(other, X, Y)
-    plain.update(other, grads)
-    assert_close(pure(nnx.state(model)), pure(nnx.state(other)))
 
 
 def test_equinox():

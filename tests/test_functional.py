@@ -8,6 +8,7 @@ import numpy as np
 import numpy_reference as ref
 import optax
 import pytest
+from test_contract import METHODS, build
 
 import sam_optax
 
@@ -202,5 +203,198 @@ def test_errors():
         sam_optax.grad(jax_loss, stateful)(PARAMS, BATCH)
     with pytest.raises(ValueError, match='aux_from must be "clean" for a transform that evaluates'):
         sam_optax.grad(jax_loss, optax.identity(), aux_from="perturbed")(PARAMS, BATCH)
-    with pytest.raises(NameError, match="nowhere"):
+    with pytest.raises(NameError, match="axis_name must be an axis of the pmap.*got 'nowhere'"):
         sam_optax.grad(jax_loss, axis_name="nowhere")(PARAMS, BATCH)
+    for vectorize in (2.5, "2"):
+        with pytest.raises(ValueError, match=f"vectorize must be an integer.*got {vectorize!r}"):
+            sam_optax.value_and_grad(jax_loss, microbatch_size=4, vectorize=vectorize)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'microbatchsize'"):
+        sam_optax.grad(jax_loss, microbatchsize=4)
+
+
+@pytest.mark.parametrize(
+    "transform, error, message",
+    [
+        (0.05, TypeError, r"transform must be a GradientTransformation such as .*got 0\.05"),
+        (sam_optax.sam, TypeError, r"call sam\(\)"),
+        (optax.adam(0.1), ValueError, "an optimizer is no transform, it comes after"),
+        (optax.sgd(0.1), ValueError, "turns it around, as an optimizer does"),
+        (optax.chain(sam_optax.sam(), optax.sgd(0.1)), ValueError, "as an optimizer does"),
+    ],
+    ids=str,
+)
+def test_what_is_no_transform(transform, error, message):
+    for wrap in (lambda f: f, jax.jit):
+        with pytest.raises(error, match=message):
+            wrap(lambda params: sam_optax.grad(jax_loss, transform)(params, BATCH))(PARAMS)
+
+
+def test_every_stateless_method_is_a_transform():
+    """Also those with masks, hyper-parameters traced, and plain links of Optax."""
+    mask = jax.tree.map(lambda _: True, PARAMS)
+    for transform in (optax.identity(), optax.clip(1.0), sam_optax.sam(mask=mask)):
+        sam_optax.grad(jax_loss, transform)(PARAMS, BATCH)
+    for name in METHODS:
+        tx = optax.with_extra_args_support(build(name))
+        links = name not in ("pmean", "decoupled_wsam", "lookbehind")
+        if links and not jax.tree.leaves(tx.init(PARAMS)):
+            jax.eval_shape(sam_optax.grad(jax_loss, tx), PARAMS, BATCH)
+
+
+def test_aux_that_has_aux_does_not_announce():
+    with pytest.raises(TypeError, match="has_aux must be True .* got a tuple of 2"):
+        sam_optax.grad(loss_with_aux)(PARAMS, BATCH)
+    with pytest.raises(TypeError, match=r"must return \(loss, aux\) with has_aux=True"):
+        sam_optax.grad(jax_loss, has_aux=True)(PARAMS, BATCH)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_perturbed_aux_of_a_method_that_skips_steps_is_refused(wrap):
+    """The branch that computes it may never run."""
+    always = optax.GradientTransformation(
+        lambda params: optax.EmptyState(), lambda updates, state, params=None: (True, state)
+    )
+    skipping = sam_optax.sharpness_aware(sam_optax.dual_ascent(0.1), when=always)
+    options = {"has_aux": True, "aux_from": "perturbed"}
+    with pytest.raises(ValueError, match=r'aux_from must be "clean" .*\(when=\)'):
+        wrap(sam_optax.grad(loss_with_aux, skipping, **options))(PARAMS, BATCH)
+    wrap(sam_optax.grad(loss_with_aux, skipping, has_aux=True))(PARAMS, BATCH)
+
+
+@pytest.mark.parametrize("name", ["gam", "cr_sam", "multi_step_sam"])
+def test_perturbed_aux_of_methods_with_several_passes_is_that_of_the_first(name):
+    method = build(name)
+    _, aux = sam_optax.grad(loss_with_aux, method, has_aux=True, aux_from="perturbed")(
+        PARAMS, BATCH
+    )
+    first = sam_optax.sam({"gam": 0.02, "cr_sam": 0.1, "multi_step_sam": 0.05}[name])
+    if name == "multi_step_sam":  # its ascent passes are no perturbed pass
+        assert np.isfinite(aux["loss"])
+        return
+    _, expected = sam_optax.grad(loss_with_aux, first, has_aux=True, aux_from="perturbed")(
+        PARAMS, BATCH
+    )
+    assert_close(aux, expected)
+
+
+# Inputs of a method's own.
+
+
+def test_a_method_may_ask_for_losses():
+    """value_fn is there, and gives the loss of the same examples elsewhere."""
+
+    def descend(updates, state, params=None, *, value_fn, perturbation, **extra):
+        rise = value_fn(optax.apply_updates(params, perturbation)) - value_fn(params)
+        return jax.tree.map(lambda g: g * rise, updates), state
+
+    descent = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), descend)
+    method = sam_optax.sharpness_aware(sam_optax.dual_ascent(0.2), descent)
+    for wrap in (lambda f: f, jax.jit):
+        loss, grads = wrap(sam_optax.value_and_grad(jax_loss, method))(PARAMS, BATCH)
+        (higher, _), g_s = sam_optax.value_and_grad(
+            loss_with_aux, sam_optax.sam(0.2), has_aux=True, aux_from="perturbed"
+        )(PARAMS, BATCH)
+        e = jax.grad(jax_loss)(PARAMS, BATCH)
+        moved = jax.tree.map(lambda w, g: w + 0.2 * g / optax.tree.norm(e), PARAMS, e)
+        rise = jax_loss(moved, BATCH) - loss
+        assert rise > 0.01
+        assert_close(grads, jax.tree.map(lambda g: g * rise, g_s), rtol=1e-4)
+
+
+def take_head(updates, state, params=None, *, head, **extra):
+    return jax.tree.map(lambda g: g * head, updates), state
+
+
+HEADED = sam_optax.sharpness_aware(
+    sam_optax.dual_ascent(0.2),
+    optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), take_head),
+)
+
+
+def test_further_arguments_reach_the_method():
+    plain = sam_optax.grad(jax_loss, sam_optax.sam(0.2))(PARAMS, BATCH)
+    grads = sam_optax.grad(jax_loss, HEADED, extra_args={"head": 3.0})(PARAMS, BATCH)
+    assert_close(grads, jax.tree.map(lambda g: 3 * g, plain))
+
+
+def test_further_arguments_may_depend_on_the_group():
+    """A function of what the loss gets: the group's own examples."""
+    x, y = BATCH
+    mean = lambda params, x, y: {"head": jnp.mean(x)}
+    loss = lambda params, x, y: jax_loss(params, (x, y))
+    size = len(x) // 2
+    step = sam_optax.grad(loss, HEADED, extra_args=mean, microbatch_size=size)
+    halves = [
+        jax.tree.map(
+            lambda g, s=s: jnp.mean(x[s]) * g,
+            sam_optax.grad(loss, sam_optax.sam(0.2))(PARAMS, x[s], y[s]),
+        )
+        for s in (slice(0, size), slice(size, 2 * size))
+    ]
+    assert_close(jax.jit(step)(PARAMS, x, y), jax.tree.map(lambda a, b: (a + b) / 2, *halves))
+
+
+# The second door.
+
+STATEFUL = [
+    name
+    for name in METHODS
+    if jax.tree.leaves(optax.with_extra_args_support(build(name)).init({"w": jnp.ones(2)}))
+]
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_value_and_grad_fn_serves_every_method_with_memory(name):
+    tx, traces = build(name), []
+
+    def loss(params, batch):
+        traces.append(1)
+        return loss_with_aux(params, batch)
+
+    def step(evaluate, params, state):
+        value, grads, grad_fn = evaluate(params, BATCH)
+        more = {"previous_grad_fn": grad_fn} if name == "sampa" else {}
+        return value, *tx.update(grads, state, params, grad_fn=grad_fn, **more)
+
+    def by_hand(params, batch):
+        return (
+            loss_with_aux(params, batch),
+            jax.grad(jax_loss)(params, batch),
+            lambda params: jax.grad(jax_loss)(params, batch),
+        )
+
+    door = jax.jit(functools.partial(step, sam_optax.value_and_grad_fn(loss, has_aux=True)))
+    hand = jax.jit(functools.partial(step, by_hand))
+    state = other = tx.init(PARAMS)
+    for _ in range(2):
+        value, updates, state = door(PARAMS, state)
+        expected_value, expected, other = hand(PARAMS, other)
+        assert_close((value, updates), (expected_value, expected))
+    # eigen_sam differentiates grad_fn, which JAX traces once more.
+    assert len(traces) == 1
+
+
+def test_value_and_grad_fn_accumulates_with_one_perturbation_for_all():
+    x, y = BATCH
+    loss = lambda params, x, y: jax_loss(params, (x, y))
+    evaluate = sam_optax.value_and_grad_fn(loss, microbatch_size=len(x) // 2)
+
+    @jax.jit
+    def step(params, x, y):
+        value, grads, grad_fn = evaluate(params, x, y)
+        return value, sam_optax.sam(0.2).update(
+            grads, sam_optax.sam(0.2).init(params), params, grad_fn=grad_fn
+        )[0]
+
+    assert_close(
+        step(PARAMS, x, y), sam_optax.value_and_grad(loss, sam_optax.sam(0.2))(PARAMS, x, y)
+    )
+
+
+def test_value_and_grad_fn_gives_optax_the_gradient_of_complex_leaves():
+    loss = lambda z: jnp.sum(jnp.abs(z - (1 + 2j)) ** 2)
+    z = jnp.zeros(1, jnp.complex64)
+    _, grads, grad_fn = sam_optax.value_and_grad_fn(loss)(z)
+    descended = z - 0.5 * grads
+    np.testing.assert_allclose(descended, [1 + 2j], rtol=1e-6)
+    np.testing.assert_allclose(grad_fn(descended), [0], atol=1e-6)

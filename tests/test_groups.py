@@ -346,3 +346,124 @@ def test_groups_of_an_explicitly_sharded_batch_stay_spread():
         jax.jit(sam_optax.grad(loss, microbatch_size=4))(w, x)
         jax.jit(sam_optax.grad(loss, microbatch_size=2))(w, x)  # too small to spread
     assert shardings == [PartitionSpec("batch", None), PartitionSpec(None, None)]
+
+
+@pytest.mark.parametrize("names", [["batch"], ("batch",)], ids=str)
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+def test_axis_names_in_a_list_or_a_tuple(problem, route, names):
+    params, x, y = problem
+    out = route(sharp(axis_name=names))(params, x, y)
+    assert_same(out, loop_over_groups(params, x, y, 8))
+    tx = optax.chain(METHOD, sam_optax.pmean(names))
+
+    def step(params, x, y):
+        evaluate = sam_optax.value_and_grad_fn(loss_fn, has_aux=True, axis_name=names)
+        value, grads, grad_fn = evaluate(params, x, y)
+        return value, tx.update(grads, tx.init(params), params, grad_fn=grad_fn)[0]
+
+    assert_same(route(step)(params, x, y), loop_over_groups(params, x, y, 8))
+
+
+def test_pmean_refuses_what_jax_has_summed(problem):
+    """Checked shard_map, params not cast: the gradient is a sum over devices, alike on all."""
+    params, x, y = problem
+    tx = optax.chain(METHOD, sam_optax.pmean("batch"))
+
+    def step(params, x, y):
+        grad_fn = lambda w: jax.grad(loss_fn, has_aux=True)(w, x, y)[0]
+        return tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]
+
+    with pytest.raises(ValueError, match=r"updates must vary over the axis 'batch'.*pcast\(params"):
+        shard_mapped(step, True)(params, x, y)
+    expected = loop_over_groups(params, x, y, 8)[1]
+    assert_same(shard_mapped(step, False)(params, x, y), expected)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("call", [sam_optax.value_and_grad, sam_optax.value_and_grad_fn])
+def test_a_wrong_axis_name(problem, check_vma, call):
+    options = {} if call is sam_optax.value_and_grad_fn else {"transform": METHOD}
+    f = call(loss_fn, **options, has_aux=True, axis_name=("batch", "bach"))
+    with pytest.raises(NameError, match=r"axis_name must be an axis of .* got 'bach'"):
+        shard_mapped(lambda *args: f(*args)[0], check_vma)(*problem)
+    link = sam_optax.pmean("bach")
+    with pytest.raises(NameError, match=r"axis_name must be an axis of .* got 'bach'"):
+        shard_mapped(lambda *args: link.update(args[0], link.init(args[0]))[0], check_vma)(*problem)
+
+
+def loss_with_logits(params, x, y):
+    loss, aux = loss_fn(params, x, y)
+    return loss, (aux["statistics"], x @ params["w1"])
+
+
+@pytest.mark.parametrize("size", [None, 1])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_logits_are_kept_where_statistics_are_averaged(problem, check_vma, size):
+    """The mean of the logits of other images is no logit."""
+    params, x, y = problem
+    P = PartitionSpec
+    f = sam_optax.value_and_grad(
+        loss_with_logits,
+        METHOD,
+        has_aux=True,
+        axis_name="batch",
+        microbatch_size=size,
+        average_aux=(True, False),
+    )
+    step = jax.jit(
+        jax.shard_map(
+            lambda *args: f(*args)[0][1],
+            mesh=mesh(),
+            in_specs=(P(), P("batch"), P("batch")),
+            out_specs=(P(), P("batch")),
+            check_vma=check_vma,
+        )
+    )
+    statistics, logits = step(params, x, y)
+    (_, expected), _ = loop_over_groups(params, x, y, 8)
+    assert_same(statistics, expected["statistics"])
+    assert_same(logits.reshape(16, -1), x @ params["w1"])
+
+
+def test_logits_of_micro_batches_are_stacked(problem):
+    params, x, y = problem
+    f = sam_optax.value_and_grad(
+        loss_with_logits, METHOD, has_aux=True, microbatch_size=4, average_aux=(True, False)
+    )
+    for wrap in (jax.jit, lambda f: f):
+        (_, (statistics, logits)), _ = wrap(f)(params, x, y)
+        assert_same(statistics, loop_over_groups(params, x, y, 4)[0][1]["statistics"])
+        assert_same(logits, (x @ params["w1"]).reshape(4, 4, -1))
+
+
+@pytest.mark.parametrize("average_aux", [(True,), "yes", (True, 1)], ids=str)
+def test_average_aux_that_does_not_fit(problem, average_aux):
+    f = sam_optax.grad(
+        loss_with_logits, METHOD, has_aux=True, microbatch_size=4, average_aux=average_aux
+    )
+    with pytest.raises(ValueError, match="average_aux must"):
+        f(*problem)
+
+
+@pytest.mark.parametrize("argnums", [None, (1, 2), (1, 2, 3)], ids=str)
+def test_keys_of_the_old_kind_are_refused(problem, argnums):
+    """All groups would share one, and a dropout mask with it."""
+    params, x, y = problem
+    loss = lambda params, x, y, key: jax.random.normal(key) * loss_fn(params, x, y)[0]
+    step = sam_optax.grad(loss, METHOD, microbatch_size=4, batch_argnums=argnums)
+    with pytest.raises(ValueError, match=r"keys must be typed.*jax\.random\.key.*got uint32\[2\]"):
+        step(params, x, y, jax.random.PRNGKey(0))
+    step(params, x, y, jax.random.key(0))
+    old = sam_optax.grad(loss, METHOD)  # without groups nothing is shared
+    assert_same(old(params, x, y, jax.random.PRNGKey(0)), old(params, x, y, jax.random.key(0)))
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: f], ids=["jit", "eager"])
+def test_a_batch_sharded_over_a_mesh_that_is_not_in_context(problem, wrap):
+    params, x, y = problem
+    explicit = jax.make_mesh((4,), ("batch",), axis_types=EXPLICIT)
+    rows = jax.sharding.NamedSharding(explicit, PartitionSpec("batch"))
+    sharded = jax.device_put((x, y), rows)
+    params = jax.device_put(params, jax.sharding.NamedSharding(explicit, PartitionSpec()))
+    out = wrap(sharp(microbatch_size=8))(params, *sharded)
+    assert_same(jax.device_get(out), loop_over_groups(*problem, 2))

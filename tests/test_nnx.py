@@ -263,7 +263,7 @@ def test_micro_batches_draw_masks_of_their_own(options):
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_devices_draw_masks_of_their_own(check_vma):
     model, before = Module(nnx.Rngs(0)), Module(nnx.Rngs(0))
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
     graph, state = nnx.split(model)
 
     @jax.jit
@@ -282,7 +282,7 @@ def test_devices_draw_masks_of_their_own(check_vma):
 
     loss, grads, state = step(state, X, Y)
     nnx.update(model, state)
-    expected, stats = loop_over_groups(before, 8)
+    expected, stats = loop_over_groups(before, 4)
     assert_close((loss, grads), expected, atol=2e-5)  # a bias before BatchNorm: rounding alone
     assert_close(pure(nnx.state(model, nnx.BatchStat)), pure(stats))
     assert model.dropout.rngs.key[...] == before.dropout.rngs.key[...]
@@ -411,7 +411,7 @@ def test_the_second_door_over_devices(check_vma):
     @jax.jit
     @functools.partial(
         jax.shard_map,
-        mesh=jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,)),
+        mesh=jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,)),
         in_specs=(P(), P("batch"), P("batch")),
         out_specs=P(),
         check_vma=check_vma,
@@ -425,7 +425,7 @@ def test_the_second_door_over_devices(check_vma):
         return value, updates, nnx.state(model, nnx.BatchStat)
 
     value, updates, stats = step(state, X, Y)
-    expected, expected_stats = loop_over_groups(before, 8)
+    expected, expected_stats = loop_over_groups(before, 4)
     assert_close((value, updates), expected, atol=2e-5)
     assert_close(pure(stats), pure(expected_stats))
 

@@ -377,7 +377,7 @@ def test_methods_with_memory_train_modules_with_batch_norm_and_dropout(name, tmp
             return nnx_loss(module, X, Y), nnx.split(module, nnx.Param, ...)[2]
 
         (clean, new_rest), g = jax.value_and_grad(loss, has_aux=True)(params)
-        grad_fn = lambda params: jax.grad(loss, has_aux=True)(params)[0]  # noqa: B023
+        grad_fn = lambda params: jax.grad(loss, has_aux=True)(params)[0]
         more = {"previous_grad_fn": grad_fn} if name == "sampa" else {}
         updates, state = tx.update(g, state, params, grad_fn=grad_fn, **more)
         params = optax.apply_updates(params, updates)

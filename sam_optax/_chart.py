@@ -7,6 +7,8 @@ T H T. Normalization and mask are settled here, once, and nowhere else.
 
 import dataclasses
 import functools
+import numbers
+import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -75,9 +77,15 @@ def chart(
     *,
     real: bool = False,
 ) -> Chart:
-    """The chart of a normalization and a mask, as `dual_ascent` reads them."""
+    """The chart of a normalization and a mask, as `dual_ascent` reads them.
+
+    Every measure and landscape makes one of each solution it is given, so what
+    params may be is settled here as well.
+    """
+    _require_arrays(params)
     leaves, treedef = jax.tree.flatten(params)
     chosen = _ascent._chosen(mask, treedef, leaves, params)
+    _require_no_statistics(params, chosen)
     index = tuple(i for i, use in enumerate(chosen) if use)
     if not index:
         raise ValueError(f"params must hold a floating leaf that the mask chooses, got {treedef}")
@@ -88,6 +96,68 @@ def chart(
         )
     scales = _ascent._scales(normalization, treedef, leaves, params)
     return Chart(params, [scales[i] for i in index], index)
+
+
+def _require_arrays(params: Any) -> None:
+    """Raises where a leaf is a function or another thing with no coordinates."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
+            raise ValueError(
+                f"params must hold arrays alone, got {leaf!r} at {jax.tree_util.keystr(path)}. "
+                "Equinox: params, static = eqx.partition(model, eqx.is_inexact_array), with "
+                "loss_fn = lambda params, batch: loss(eqx.combine(params, static), batch)"
+            )
+
+
+def _require_no_statistics(params: Any, chosen: list[bool]) -> None:
+    """Raises where a chosen leaf is a running average of BatchNorm.
+
+    The loss is a function of it as well, but no optimizer moves it: its rows and
+    columns would be eigenvalues that training never sees.
+    """
+    taken = iter(chosen)
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_batch_stat)
+    for path, node in nodes:
+        uses = [next(taken) for _ in jax.tree.leaves(node)]
+        nnx = _is_batch_stat(node)
+        linen = any(
+            "batch_stats" in (getattr(part, "key", None), getattr(part, "name", None))
+            for part in path
+        )
+        if any(uses) and (nnx or linen):
+            raise ValueError(
+                "params must not hold BatchNorm statistics, which are not trained, got them at "
+                f"{jax.tree_util.keystr(path)}. {_SPLIT_NNX if nnx else _SPLIT_LINEN} "
+                "(or leave them out by mask; landscapes take them as statistics)"
+            )
+
+
+_SPLIT_LINEN = (
+    'Give variables["params"], with loss_fn = lambda params, batch: loss(model.apply('
+    '{"params": params, "batch_stats": stats}, x, train=False), y)'
+)
+_SPLIT_NNX = (
+    "Give the params of graph, params, rest = nnx.split(model, nnx.Param, ...) after model.eval(), "
+    "with loss_fn = lambda params, batch: loss(nnx.merge(graph, params, rest)(x), y)"
+)
+
+
+def _is_batch_stat(node: Any) -> bool:
+    """Whether a node is a statistic of Flax NNX, which is not imported for the question."""
+    nnx: Any = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(node, nnx.BatchStat)
+
+
+def scalar_loss(loss_fn: Callable[..., Any], *args: Any) -> Any:
+    """loss_fn(*args), which must be one number."""
+    value = loss_fn(*args)
+    if not jax.tree_util.all_leaves([value]) or np.shape(value):
+        raise ValueError(
+            "loss_fn must return one scalar, the mean over a batch (jnp.mean of the losses of "
+            "examples; of a pair (loss, aux) the loss alone), got the shape "
+            f"{jax.tree.map(jnp.shape, value)}"
+        )
+    return value
 
 
 def dot(a: Vector, b: Vector) -> jax.Array:
@@ -122,7 +192,7 @@ def perturbation(place: Chart, u: Vector) -> Any:
 @functools.partial(jax.jit, static_argnames="loss_fn")
 def loss(loss_fn: LossFn, place: Chart, u: Vector, batch: Any) -> jax.Array:
     """Loss of a batch at w + T u."""
-    return loss_fn(place.at(u), batch)
+    return scalar_loss(loss_fn, place.at(u), batch)
 
 
 @functools.partial(jax.jit, static_argnames="loss_fn")
@@ -130,14 +200,14 @@ def loss_and_gradient(
     loss_fn: LossFn, place: Chart, u: Vector, batch: Any
 ) -> tuple[jax.Array, Vector]:
     """Loss at w + T u and its gradient in u, a direction of ascent."""
-    value, gradient = jax.value_and_grad(lambda u: loss_fn(place.at(u), batch))(u)
+    value, gradient = jax.value_and_grad(lambda u: scalar_loss(loss_fn, place.at(u), batch))(u)
     return value, _numerics.conjugate(gradient)
 
 
 @functools.partial(jax.jit, static_argnames="loss_fn")
 def hessian_product(loss_fn: LossFn, place: Chart, vector: Vector, batch: Any) -> Vector:
     """T H T vector."""
-    gradient = jax.grad(lambda u: loss_fn(place.at(u), batch))
+    gradient = jax.grad(lambda u: scalar_loss(loss_fn, place.at(u), batch))
     return jax.jvp(gradient, (place.zeros(),), (vector,))[1]
 
 
@@ -150,7 +220,7 @@ def curvature(loss_fn: LossFn, place: Chart, vector: Vector, batch: Any) -> jax.
     """
 
     def along(t: jax.Array) -> jax.Array:
-        return loss_fn(place.at([t * part for part in vector]), batch)
+        return scalar_loss(loss_fn, place.at([t * part for part in vector]), batch)
 
     def slope(t: jax.Array) -> jax.Array:
         return jax.jvp(along, (t,), (jnp.ones_like(t),))[1]

@@ -110,7 +110,7 @@ def interpolate(
     *,
     positions: Any = None,
     statistics: Any = None,
-    batch_norm: _evaluate.BatchNorm = "frozen",
+    batch_norm: _evaluate.BatchNorm | None = None,
     recompute: _evaluate.Recompute | None = None,
     progress: bool = False,
 ) -> Interpolation:
@@ -132,7 +132,8 @@ def interpolate(
       statistics: pair of the two models' statistics.
       batch_norm: "frozen" takes those of the first everywhere, "interpolated"
         mixes them as the parameters, "recomputed" calls recompute, which
-        measures both solutions as they would be used.
+        measures both solutions as they would be used. There is no default
+        between statistics that differ; "frozen" otherwise.
       recompute: recompute(params, statistics) returns statistics for params.
       progress: show a progress bar (needs tqdm).
 
@@ -140,7 +141,8 @@ def interpolate(
       An `Interpolation`.
 
     Raises:
-      ValueError: if batch_norm does not fit the rest.
+      ValueError: if the solutions differ in structure or shapes, or batch_norm
+        does not fit the rest or is missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -159,6 +161,8 @@ def interpolate(
       n losses in one pass over the data; memory of three copies of the
       parameters.
     """
+    _directions.require_alike("first and second", (first, second))
+    batch_norm = _evaluate.settled_batch_norm(batch_norm, statistics, 2)
     a = np.linspace(-0.5, 1.5, 41) if positions is None else np.asarray(positions, np.float64)
     weights = np.stack([1 - a, a], axis=1)
     values, examples = _evaluate.losses(

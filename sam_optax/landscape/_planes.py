@@ -121,7 +121,7 @@ def plane_through(
     x: Any = None,
     y: Any = None,
     statistics: Sequence[Any] | None = None,
-    batch_norm: _evaluate.BatchNorm = "frozen",
+    batch_norm: _evaluate.BatchNorm | None = None,
     recompute: _evaluate.Recompute | None = None,
     progress: bool = False,
 ) -> Plane:
@@ -143,7 +143,9 @@ def plane_through(
       y: (ny,) coordinates, as x.
       statistics: the three models' statistics.
       batch_norm: "frozen" takes those of w1 everywhere, "interpolated" mixes
-        them as the parameters, "recomputed" calls recompute.
+        them as the parameters, "recomputed" calls recompute, which measures all
+        three as they would be used. There is no default between statistics
+        that differ; "frozen" otherwise.
       recompute: recompute(params, statistics) returns statistics for params.
       progress: show a progress bar (needs tqdm).
 
@@ -151,7 +153,9 @@ def plane_through(
       A `Plane`, with the solutions' coordinates as points.
 
     Raises:
-      ValueError: if there are not three solutions, or they lie on one line.
+      ValueError: if there are not three solutions of one structure and shapes,
+        or they lie on one line, or batch_norm does not fit the rest or is
+        missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -176,6 +180,9 @@ def plane_through(
     """
     if len(solutions) != 3:
         raise ValueError(f"solutions must be three trees of parameters, got {len(solutions)}")
+    solutions = tuple(solutions)
+    _directions.require_alike("solutions", solutions)
+    batch_norm = _evaluate.settled_batch_norm(batch_norm, statistics, 3)
     a, b = (_directions.difference(w, solutions[0]) for w in solutions[1:])
     width = _directions.dot(a, a) ** 0.5
     shift = _directions.dot(a, b) / width if width else 0.0
@@ -194,7 +201,7 @@ def plane_through(
     weights = np.stack([1 - second - third, second, third], axis=1)
     values, examples = _evaluate.losses(
         loss_fn,
-        tuple(solutions),
+        solutions,
         weights,
         data,
         statistics=statistics,
@@ -256,8 +263,8 @@ def trajectory_plane(
       A `Plane`, with the projected path as points, its end at (0, 0).
 
     Raises:
-      ValueError: if the trajectory has fewer than three points or spans no
-        plane.
+      ValueError: if the trajectory has fewer than three points, of one
+        structure and shapes, or spans no plane.
 
     Example:
       >>> import jax.numpy as jnp
@@ -282,6 +289,7 @@ def trajectory_plane(
         raise ValueError(
             "batch_norm must be 'frozen' or 'recomputed' on a trajectory, got 'interpolated'"
         )
+    _directions.require_alike("trajectory", trajectory)
     last = trajectory[-1]
     steps = [_directions.difference(w, last) for w in trajectory]
     gram = _gram(steps)

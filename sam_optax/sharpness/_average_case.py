@@ -115,6 +115,6 @@ def _pair(
 ) -> jax.Array:
     """Mean loss at +d and -d."""
     noise = _chart.random(jax.random.fold_in(key, i), place, jax.random.normal)
-    plus = loss_fn(place.at([rho * a for a in noise]), batch)
-    minus = loss_fn(place.at([-rho * a for a in noise]), batch)
+    plus = _chart.scalar_loss(loss_fn, place.at([rho * a for a in noise]), batch)
+    minus = _chart.scalar_loss(loss_fn, place.at([-rho * a for a in noise]), batch)
     return (plus + minus) / 2

@@ -16,6 +16,13 @@ import numpy as np
 def batches(data: Any) -> Iterable[Any]:
     """The batches of a data set, to be iterated any number of times."""
     if isinstance(data, list):
+        dimensions = {np.ndim(batch) for batch in data if hasattr(batch, "shape")}
+        if len(dimensions) > 1:
+            raise ValueError(
+                "data must be a list of batches that are alike, got arrays of "
+                f"{sorted(dimensions)} dimensions (inputs and labels of one batch go into a "
+                "tuple: (x, y), or [(x, y)])"
+            )
         return data
     if not jax.tree_util.all_leaves([data]) or hasattr(data, "shape"):
         return [jax.device_put(data)]  # moved once, not once a pass

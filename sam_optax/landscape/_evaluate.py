@@ -58,6 +58,17 @@ def losses(
         return _streams.means(_streams.batches(data), len(rows), loss, tick)
 
 
+def coordinates(name: str, values: Any) -> np.ndarray:
+    """The values of an axis, in float64."""
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1 or not array.size:
+        raise ValueError(
+            f"{name} must be a list of numbers or an array of one axis, such as "
+            f"np.linspace(-1, 1, 25), got {values!r}"
+        )
+    return array
+
+
 def settled_batch_norm(
     batch_norm: BatchNorm | None, statistics: Sequence[Any] | None, solutions: int
 ) -> BatchNorm:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from sam_optax import _ascent, _checks, _streams
+from sam_optax import _ascent, _checks, _numerics, _streams
 from sam_optax.landscape import _directions, _evaluate
 from sam_optax.landscape._results import Interpolation, Rays
 from sam_optax.sharpness._worst_case import seed_of
@@ -18,7 +18,7 @@ def rays(
     params: optax.Params,
     data: Any,
     *,
-    key: jax.Array,
+    key: int | jax.Array,
     distances: Any,
     directions: int = 10,
     mask: _ascent.Mask | None = None,
@@ -42,7 +42,7 @@ def rays(
       params: w, a tree of real arrays.
       data: one batch, a tree of arrays with examples on axis 0, or a list or
         other re-iterable of batches, streamed and weighted by examples.
-      key: random key of the directions.
+      key: random key, or a seed, of the directions.
       distances: (n,) values of t, negative ones too if wanted.
       directions: number of them, at least 1.
       mask: leaves that move, as in `sam_optax.dual_ascent`.
@@ -77,10 +77,11 @@ def rays(
       directions * n losses in as many passes over the data as directions;
       memory of three copies of the parameters.
     """
-    _checks.at_least("directions", directions, 1)
+    key = _numerics.as_key(key)
+    _checks.integer_at_least("directions", directions, 1)
     if batch_norm == "interpolated":
         raise ValueError("batch_norm must be 'frozen' or 'recomputed' on a ray, got 'interpolated'")
-    t = np.asarray(distances, np.float64).ravel()
+    t = _evaluate.coordinates("distances", distances)
     weights = np.stack([np.ones_like(t), t], axis=1)
     values, examples = [], 0
     data = _streams.batches(data)
@@ -163,7 +164,9 @@ def interpolate(
     """
     _directions.require_alike("first and second", (first, second))
     batch_norm = _evaluate.settled_batch_norm(batch_norm, statistics, 2)
-    a = np.linspace(-0.5, 1.5, 41) if positions is None else np.asarray(positions, np.float64)
+    a = np.linspace(-0.5, 1.5, 41)
+    if positions is not None:
+        a = _evaluate.coordinates("positions", positions)
     weights = np.stack([1 - a, a], axis=1)
     values, examples = _evaluate.losses(
         loss_fn,

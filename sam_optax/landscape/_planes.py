@@ -18,7 +18,7 @@ def random_plane(
     params: optax.Params,
     data: Any,
     *,
-    key: jax.Array,
+    key: int | jax.Array,
     x: Any = None,
     y: Any = None,
     filter_axes: _directions.FilterAxes = _directions.flax_filters,
@@ -40,7 +40,7 @@ def random_plane(
         see `rays`.
       params: w, a tree of real arrays.
       data: one batch or a re-iterable of batches, see `rays`.
-      key: random key of the directions.
+      key: random key, or a seed, of the directions.
       x: (nx,) coordinates; by default 25 from -1 to 1.
       y: (ny,) coordinates; those of x by default.
       filter_axes: which axes lie within a filter, a function of path and leaf;
@@ -76,12 +76,13 @@ def random_plane(
       nx * ny losses in one pass over the data; memory of four copies of the
       parameters.
     """
+    key = _numerics.as_key(key)
     if batch_norm == "interpolated":
         raise ValueError(
             "batch_norm must be 'frozen' or 'recomputed' around one solution, got 'interpolated'"
         )
-    x = np.linspace(-1, 1, 25) if x is None else np.asarray(x, np.float64)
-    y = x if y is None else np.asarray(y, np.float64)
+    x = np.linspace(-1, 1, 25) if x is None else _evaluate.coordinates("x", x)
+    y = x if y is None else _evaluate.coordinates("y", y)
     d1, d2 = (
         _directions.filter_direction(jax.random.fold_in(key, i), params, filter_axes)
         for i in range(2)
@@ -193,7 +194,7 @@ def plane_through(
             f"{width:.3g} and height {height:.3g}"
         )
     points = np.array([[0.0, 0.0], [width, 0.0], [shift, height]])
-    x, y = _axis(x, points[:, 0]), _axis(y, points[:, 1])
+    x, y = _axis("x", x, points[:, 0]), _axis("y", y, points[:, 1])
     across, up = _grid(x, y)
     # Barycentric: the third's weight is y / height, then x = width * second + shift * third.
     third = up / height
@@ -302,7 +303,7 @@ def trajectory_plane(
     components = components * np.where(components[0] < 0, -1, 1)  # the start lies up and right
     d1, d2 = (_combination(steps, components[:, i] / lengths[i]) for i in range(2))
     points = components * lengths
-    x, y = _axis(x, points[:, 0]), _axis(y, points[:, 1])
+    x, y = _axis("x", x, points[:, 0]), _axis("y", y, points[:, 1])
     across, up = _grid(x, y)
     surface, examples = _evaluate.losses(
         loss_fn,
@@ -336,9 +337,9 @@ def _grid(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return across.ravel(), up.ravel()
 
 
-def _axis(given: Any, points: np.ndarray) -> np.ndarray:
+def _axis(name: str, given: Any, points: np.ndarray) -> np.ndarray:
     if given is not None:
-        return np.asarray(given, np.float64)
+        return _evaluate.coordinates(name, given)
     margin = 0.25 * (points.max() - points.min())
     return np.linspace(points.min() - margin, points.max() + margin, 25)
 

@@ -85,7 +85,7 @@ def chart(
     _require_arrays(params)
     leaves, treedef = jax.tree.flatten(params)
     chosen = _ascent._chosen(mask, treedef, leaves, params)
-    _require_no_statistics(params, chosen)
+    _require_trained(params, chosen)
     index = tuple(i for i, use in enumerate(chosen) if use)
     if not index:
         raise ValueError(f"params must hold a floating leaf that the mask chooses, got {treedef}")
@@ -103,33 +103,40 @@ def _require_arrays(params: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not (hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
             raise ValueError(
-                f"params must hold arrays alone, got {leaf!r} at {jax.tree_util.keystr(path)}. "
+                f"params must hold arrays alone, got {leaf!r} at {_name(path)}. "
                 "Equinox: params, static = eqx.partition(model, eqx.is_inexact_array), with "
                 "loss_fn = lambda params, batch: loss(eqx.combine(params, static), batch)"
             )
 
 
-def _require_no_statistics(params: Any, chosen: list[bool]) -> None:
-    """Raises where a chosen leaf is a running average of BatchNorm.
+def _require_trained(params: Any, chosen: list[bool]) -> None:
+    """Raises where a chosen leaf is a statistic of BatchNorm or a state of an optimizer.
 
-    The loss is a function of it as well, but no optimizer moves it: its rows and
-    columns would be eigenvalues that training never sees.
+    No step of training moves along them: their rows and columns would be
+    eigenvalues, zeros for the latter, of nothing that was trained.
     """
     taken = iter(chosen)
     nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_batch_stat)
     for path, node in nodes:
-        uses = [next(taken) for _ in jax.tree.leaves(node)]
+        if not any([next(taken) for _ in jax.tree.leaves(node)]):
+            continue
+        names = {getattr(part, "key", getattr(part, "name", None)) for part in path}
+        if "opt_state" in names:
+            raise ValueError(
+                f"params must not hold the state of an optimizer, got it at {_name(path)}: give "
+                "the parameters alone, such as state.params"
+            )
         nnx = _is_batch_stat(node)
-        linen = any(
-            "batch_stats" in (getattr(part, "key", None), getattr(part, "name", None))
-            for part in path
-        )
-        if any(uses) and (nnx or linen):
+        if nnx or "batch_stats" in names:
             raise ValueError(
                 "params must not hold BatchNorm statistics, which are not trained, got them at "
-                f"{jax.tree_util.keystr(path)}. {_SPLIT_NNX if nnx else _SPLIT_LINEN} "
+                f"{_name(path)}. {_SPLIT_NNX if nnx else _SPLIT_LINEN} "
                 "(or leave them out by mask; landscapes take them as statistics)"
             )
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "the root"
 
 
 _SPLIT_LINEN = (

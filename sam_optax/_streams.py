@@ -65,7 +65,7 @@ def mean(data: Iterable[Any], evaluate: Callable[[Any], Any]) -> tuple[Any, int]
             blend = _blend_arrays if isinstance(value, np.ndarray) else _blend
             result = blend(result, value, count / total)
     if result is None:
-        raise ValueError(f"data must hold at least one batch, got {data!r}")
+        raise ValueError(f"data must hold at least one batch in every pass, got none of {data!r}")
     return result, total
 
 

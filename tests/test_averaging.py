@@ -674,6 +674,10 @@ def test_swa_with_an_nnx_optimizer():
             r"stacked_params must share one leading axis of at least 1, got \[\(2,\), \(3,\)\]",
         ),
         (
+            lambda: averaging.ensemble_predictions(min, [{"w": np.ones(3), "b": np.ones(2)}] * 2),
+            r"stacked_params must share.*got \[\(2,\), \(3,\)\] \(stack a list of trees: jax",
+        ),
+        (
             lambda: averaging.ensemble_predictions(min, np.ones(2), weights=[1.0]),
             r"weights must have one entry per member, shape \(2,\), got shape \(1,\)",
         ),

@@ -1,5 +1,6 @@
 """Lines and planes against closed forms, bit by bit at the corners, and saved and loaded."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -354,6 +355,16 @@ def test_solutions_have_one_structure_and_shapes():
         landscape.interpolate(loss_fn, one, {**one, "b": 1.0}, np.ones(2))
 
 
+def test_solutions_in_a_dict_or_in_other_containers_say_so():
+    loss_fn, w = lambda w, x: jnp.sum(w["a"]), {"a": np.ones(2)}
+    with pytest.raises(ValueError, match="must be a list of three trees.*got dict of 3"):
+        landscape.plane_through(loss_fn, dict.fromkeys("abc", w), np.ones(2))
+    with pytest.raises(ValueError, match="must be a list of at least three.*got dict of 3"):
+        landscape.trajectory_plane(loss_fn, dict.fromkeys("abc", w), np.ones(2))
+    with pytest.raises(ValueError, match=r"differ in their containers.*nnx\.split"):
+        landscape.interpolate(loss_fn, w, flax.core.freeze(w), np.ones(2))
+
+
 def test_axes_are_lists_of_numbers():
     loss_fn, data, w = lambda w, x: jnp.sum(w), np.ones(2), np.array([[1.0], [0.0]])
     calls = {
@@ -395,11 +406,11 @@ def test_errors_name_the_argument_the_rule_and_the_value():
     loss_fn, data, w = lambda w, x: jnp.sum(w), np.ones(2), np.array([1.0, 0.0])
     with pytest.raises(ValueError, match="directions must be at least 1, got 0"):
         landscape.rays(loss_fn, w, data, key=KEY, distances=[0.0], directions=0)
-    with pytest.raises(ValueError, match=r"three trees.*got 2"):
+    with pytest.raises(ValueError, match=r"three trees.*got list of 2"):
         landscape.plane_through(loss_fn, [w, 2 * w], data)
     with pytest.raises(ValueError, match=r"must not lie on one line.*height 0"):
         landscape.plane_through(loss_fn, [w, 2 * w, 3 * w], data)
-    with pytest.raises(ValueError, match="at least three points, got 2"):
+    with pytest.raises(ValueError, match="at least three points, got list of 2"):
         landscape.trajectory_plane(loss_fn, [w, 2 * w], data)
     with pytest.raises(ValueError, match="must span a plane"):
         landscape.trajectory_plane(loss_fn, [w, 2 * w, 3 * w], data)

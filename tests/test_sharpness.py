@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_reference as ref
+import optax
 import pytest
+from flax.training.train_state import TrainState
 
 import sam_optax
 from sam_optax import landscape, sharpness
@@ -470,3 +472,24 @@ def test_inputs_and_labels_in_a_list_are_no_two_batches():
     with pytest.raises(ValueError, match=r"got arrays of \[1, 2\] dimensions .*\[\(x, y\)\]"):
         sharpness.one_step(loss_fn, np.ones(2), [x, y])
     assert sharpness.one_step(loss_fn, np.ones(2), [x, x[:3]]).examples == 11
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_train_state_is_no_tree_of_parameters(measure):
+    params, data, *_ = quadratic()
+    state = TrainState.create(apply_fn=None, params=params, tx=optax.adam(0.1))
+    with pytest.raises(
+        ValueError, match=r"state of an optimizer.*opt_state.*: give .*state\.param"
+    ):
+        measure(lambda state, b: quadratic_loss(state.params, b), state, data, key=KEY)
+
+
+def test_data_that_end_after_one_pass_say_so():
+    class Once:
+        batches = iter([quadratic()[1]])
+
+        def __iter__(self):
+            return self.batches
+
+    with pytest.raises(ValueError, match="at least one batch in every pass"):
+        sharpness.one_step(quadratic_loss, quadratic()[0], Once())

@@ -103,8 +103,8 @@ def require_alike(name: str, solutions: Sequence[optax.Params]) -> None:
         if jax.tree.structure(solutions[0]) != jax.tree.structure(tree):
             raise ValueError(
                 f"{name} must have the same structure, got trees of the same leaves that differ "
-                "in static fields. NNX: graph, params, rest = nnx.split(model, nnx.Param, ...) "
-                "for each, and give the params"
+                "in their containers (dict and FrozenDict) or static fields (for NNX modules "
+                "give the params of graph, params, rest = nnx.split(model, nnx.Param, ...))"
             )
 
 

@@ -1,6 +1,6 @@
 """Two-dimensional landscapes: random planes, planes through solutions and trajectories."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -179,8 +179,11 @@ def plane_through(
       nx * ny losses in one pass over the data; memory of four copies of the
       parameters.
     """
-    if len(solutions) != 3:
-        raise ValueError(f"solutions must be three trees of parameters, got {len(solutions)}")
+    if isinstance(solutions, Mapping) or len(solutions) != 3:
+        raise ValueError(
+            "solutions must be a list of three trees of parameters, got "
+            f"{type(solutions).__name__} of {len(solutions)}"
+        )
     solutions = tuple(solutions)
     _directions.require_alike("solutions", solutions)
     batch_norm = _evaluate.settled_batch_norm(batch_norm, statistics, 3)
@@ -284,8 +287,11 @@ def trajectory_plane(
       nx * ny losses in one pass over the data, and inner products of the
       trajectory's points with each other.
     """
-    if len(trajectory) < 3:
-        raise ValueError(f"trajectory must have at least three points, got {len(trajectory)}")
+    if isinstance(trajectory, Mapping) or len(trajectory) < 3:
+        raise ValueError(
+            "trajectory must be a list of at least three points, got "
+            f"{type(trajectory).__name__} of {len(trajectory)}"
+        )
     if batch_norm == "interpolated":
         raise ValueError(
             "batch_norm must be 'frozen' or 'recomputed' on a trajectory, got 'interpolated'"

@@ -357,9 +357,9 @@ def test_solutions_have_one_structure_and_shapes():
 
 def test_solutions_in_a_dict_or_in_other_containers_say_so():
     loss_fn, w = lambda w, x: jnp.sum(w["a"]), {"a": np.ones(2)}
-    with pytest.raises(ValueError, match="must be a list of three trees.*got dict of 3"):
+    with pytest.raises(ValueError, match=r"must be a list of three trees.*got dict of 3"):
         landscape.plane_through(loss_fn, dict.fromkeys("abc", w), np.ones(2))
-    with pytest.raises(ValueError, match="must be a list of at least three.*got dict of 3"):
+    with pytest.raises(ValueError, match=r"must be a list of at least three.*got dict of 3"):
         landscape.trajectory_plane(loss_fn, dict.fromkeys("abc", w), np.ones(2))
     with pytest.raises(ValueError, match=r"differ in their containers.*nnx\.split"):
         landscape.interpolate(loss_fn, w, flax.core.freeze(w), np.ones(2))

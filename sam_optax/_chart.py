@@ -117,16 +117,22 @@ def _require_trained(params: Any, chosen: list[bool]) -> None:
     """
     taken = iter(chosen)
     nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_batch_stat)
+    siblings: dict[Any, set[Any]] = {}
+    for path, _ in nodes:
+        siblings.setdefault(path[:-1], set()).update(map(_key, path[-1:]))
     for path, node in nodes:
         if not any([next(taken) for _ in jax.tree.leaves(node)]):
             continue
-        names = {getattr(part, "key", getattr(part, "name", None)) for part in path}
+        names = [_key(part) for part in path]
         if "opt_state" in names:
             raise ValueError(
                 f"params must not hold the state of an optimizer, got it at {_name(path)}: give "
                 "the parameters alone, such as state.params"
             )
-        nnx = _is_batch_stat(node)
+        # A state of NNX turned into plain arrays has names alone.
+        layer = siblings[path[:-1]]
+        pure = names[-1:] in (["mean"], ["var"]) and {"mean", "var"} < layer <= _BATCH_NORM
+        nnx = pure or _is_batch_stat(node)
         if nnx or "batch_stats" in names:
             raise ValueError(
                 "params must not hold BatchNorm statistics, which are not trained, got them at "
@@ -135,10 +141,16 @@ def _require_trained(params: Any, chosen: list[bool]) -> None:
             )
 
 
+def _key(part: Any) -> Any:
+    """The name in an entry of a path, None for an index."""
+    return getattr(part, "key", getattr(part, "name", None))
+
+
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path) or "the root"
 
 
+_BATCH_NORM = {"mean", "var", "scale", "bias"}
 _SPLIT_LINEN = (
     'Give variables["params"], with loss_fn = lambda params, batch: loss(model.apply('
     '{"params": params, "batch_stats": stats}, x, train=False), y)'

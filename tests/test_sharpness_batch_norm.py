@@ -112,7 +112,20 @@ def frozen_linen():
     return wrong, [flax.core.freeze(tree) for tree in trees], right, params
 
 
-NETWORKS = (linen, frozen_linen, nnx_state, nnx_module, nnx_graph_and_state)
+def nnx_pure_dict():
+    """Arrays alone, known by their names."""
+    _, states, right, params = nnx_state()
+    graph = nnx.graphdef(nnx_module()[1][0])
+
+    def wrong(pure, b):
+        state = jax.tree.map(lambda x: x, states[0])
+        nnx.replace_by_pure_dict(state, pure)
+        return cross_entropy(nnx.merge(graph, state)(b[0]), b[1])
+
+    return wrong, [nnx.to_pure_dict(state) for state in states], right, params
+
+
+NETWORKS = (linen, frozen_linen, nnx_state, nnx_module, nnx_graph_and_state, nnx_pure_dict)
 
 
 def without_statistics(tree):
@@ -168,7 +181,7 @@ def test_the_eigenvalues_are_those_of_the_hessian_in_the_parameters(x64, network
     np.testing.assert_allclose(found.top, expected[::-1][:5], rtol=1e-9)
     np.testing.assert_allclose(found.bottom[0], expected[0], rtol=1e-9)
     # A mask that leaves the statistics where they are says the same of the whole.
-    if network is not nnx_graph_and_state:
+    if network not in (nnx_graph_and_state, nnx_pure_dict):
         found = sharpness.hessian_eigenvalues(
             wrong, tree, batch(), mask=without_statistics, **options
         )
@@ -184,6 +197,14 @@ def test_a_tree_with_a_key_of_that_name_is_free_under_a_mask():
     rays = landscape.rays(loss_fn, params, jnp.ones(4), key=KEY, distances=[0.0, 1.0], mask=mask)
     assert rays.values.shape == (10, 2)
     with pytest.raises(ValueError, match=r"got them at \['batch_stats'\]"):
+        sharpness.one_step(loss_fn, params, jnp.ones(4))
+
+
+def test_parameters_that_share_a_name_with_statistics_are_free():
+    loss_fn = lambda w, x: jnp.mean(x) * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(w))
+    gaussian = {"mean": jnp.ones(2), "var": jnp.ones(2)}
+    heads = {"mean": {"bias": jnp.ones(2)}, "var": {"bias": jnp.ones(2)}, "scale": jnp.ones(2)}
+    for params in (gaussian, {**gaussian, "kernel": jnp.ones(2)}, heads, (1.0, jnp.ones(2))):
         sharpness.one_step(loss_fn, params, jnp.ones(4))
 
 

@@ -154,7 +154,7 @@ def adaptive(
     Note:
       One to two gradient evaluations a step.
     """
-    _checks.integer_at_least("steps", steps, 1, traced=True)
+    steps = _checks.integer_at_least("steps", steps, 1, traced=True)
     _checks.in_interval("decay", decay, "[0, 1)")
 
     def init(params: optax.Params) -> AdaptiveCadenceState:
@@ -225,7 +225,7 @@ def late_phase(
     Note:
       One gradient evaluation a step before `start`, then those of the method.
     """
-    _checks.integer_at_least("start", start, 0, traced=True)
+    start = _checks.integer_at_least("start", start, 0, traced=True)
     return _under(method, lambda count: count >= start)
 
 

@@ -64,7 +64,7 @@ def random_perturbation(
       gradients given are never computed.
     """
     _checks.at_least("std", std, 0.0)
-    _checks.integer_at_least("samples", samples, 1)
+    samples = _checks.integer_at_least("samples", samples, 1)
 
     first, draw = _numerics.key_stream(key)
 

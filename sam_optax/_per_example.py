@@ -73,7 +73,7 @@ def k_sam(
       quarter, and 2 for SAM. No code of the authors is public; this is the
       method of their abstract, with one choice for both gradients.
     """
-    _checks.integer_at_least("k", k, 1)
+    k = _checks.integer_at_least("k", k, 1)
     method = sam(_constant(rho))
     evaluate = functools.partial(_losses_and_aux, loss_fn, has_aux)
 
@@ -164,7 +164,7 @@ def esam(
       no time.
     """
     _checks.in_interval("beta", beta, "(0, 1]")
-    _checks.in_interval("gamma", gamma, "(0, 1]")
+    gamma = _checks.in_interval("gamma", gamma, "(0, 1]")
     method = sam(_constant(rho) / beta)
     evaluate = functools.partial(_losses_and_aux, loss_fn, has_aux)
 

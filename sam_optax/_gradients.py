@@ -1,0 +1,100 @@
+"""The gradient functions that `update` is given, checked: the one prologue of all methods."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from sam_optax import _checks, _numerics
+from sam_optax._types import GradFn
+
+
+def gradient_functions(
+    updates: optax.Updates,
+    params: Any,
+    grad_fn: GradFn | None,
+    value_fn: Callable[[optax.Params], jax.Array] | None = None,
+    descent_grad_fn: GradFn | None = None,
+) -> tuple[GradFn, GradFn]:
+    """The gradient functions of the ascent and of the descent: one and the same unless given apart.
+
+    Their results are checked against the gradients given to update.
+    """
+    _checks.given("params", params, "gradients are taken at perturbed copies of them")
+    for path, leaf in _nodes(updates):
+        if isinstance(leaf, optax.MaskedNode):
+            raise ValueError(
+                "updates must be the gradients of all parameters, since the loss needs them all: "
+                "put the method before optax.masked or optax.partition and choose what it perturbs "
+                f"by mask=, got optax.MaskedNode at {jax.tree_util.keystr(path) or 'the root'}"
+            )
+    if grad_fn is None and value_fn is None:
+        raise ValueError(
+            "grad_fn or value_fn must be given to update (it evaluates the perturbed gradient), "
+            "got None: flax's TrainState.apply_gradients, for one, does not hand it on, so call "
+            "tx.update(grads, opt_state, params, grad_fn=...) yourself, or use "
+            "sam_optax.value_and_grad, which needs none"
+        )
+    ascent = (
+        checked("grad_fn", grad_fn, updates)
+        if grad_fn is not None
+        else checked("value_fn", value_fn, updates, _gradient_of)
+    )
+    if descent_grad_fn is None:
+        return ascent, ascent
+    return ascent, checked("descent_grad_fn", descent_grad_fn, updates)
+
+
+def checked(
+    name: str,
+    fn: Callable[..., Any] | None,
+    updates: optax.Updates,
+    gradient: Callable[[Any], GradFn] = lambda fn: fn,
+) -> GradFn:
+    """The gradient function, if it takes params alone, and gradients alone are its result."""
+    _checks.given(name, fn, "gradients are taken at perturbed copies of params")
+    assert fn is not None
+    _check_takes_params_alone(name, fn)
+    evaluate = gradient(fn)
+
+    def checked_gradient(params: optax.Params) -> optax.Updates:
+        result = evaluate(params)
+        structure = jax.tree.structure(updates)
+        is_pair = isinstance(result, tuple) and len(result) == 2
+        parts = [jax.tree.structure(part) for part in result] if is_pair else []
+        if structure in parts and jax.tree.structure(result) != structure:
+            raise ValueError(
+                f"{name} must return the gradients alone, without a value or aux, got the pair "
+                f"{jax.tree.structure(result)}"
+            )
+        _checks.same_structure(f"the result of {name}", result, updates)
+        return result
+
+    return checked_gradient
+
+
+def _gradient_of(value_fn: Callable[[optax.Params], jax.Array]) -> GradFn:
+    # Integer leaves get a gradient of type float0, as from the caller.
+    gradient = jax.grad(value_fn, allow_int=True)
+    return lambda params: _numerics.conjugate(gradient(params))
+
+
+def _check_takes_params_alone(name: str, fn: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # some callables tell nothing
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} must take params alone: give lambda params: ... with the batch, the step and "
+            f"the rest filled in, got a function of {signature}"
+        ) from error
+
+
+def _nodes(tree: Any) -> list[tuple[Any, Any]]:
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)
+    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)

@@ -118,13 +118,21 @@ def bsam(
     _checks.in_interval("scale", scale, "(0, inf)")
     delta = prior_precision / data_size
     first, draw = _numerics.key_stream(key)
-    wide_zeros = lambda w: _numerics.widened(jnp.zeros_like(w))
 
     def init(params: optax.Params) -> BSAMState:
+        def wide(value: Any) -> optax.Params:
+            def leaf(w: Any) -> jax.Array:
+                zeros = jnp.zeros_like(w)
+                if not _numerics.is_perturbable(w):
+                    return zeros
+                return jnp.full_like(_numerics.widened(zeros), value)
+
+            return jax.tree.map(leaf, params)
+
         return BSAMState(
             key=first,
-            momentum=jax.tree.map(wide_zeros, params),
-            scale=jax.tree.map(lambda w: jnp.full_like(wide_zeros(w), scale), params),
+            momentum=wide(0.0),
+            scale=wide(scale),
             counts=(count_for(learning_rate), count_for(rho)),
         )
 
@@ -157,7 +165,8 @@ def bsam(
         momentum = wide(
             lambda m, g, w: b1 * m + (1 - b1) * (g + delta * w), state.momentum, g_s, params
         )
-        result = wide(lambda w, m, s: -lr * m / s, params, momentum, s)
+        zeros = optax.tree.zeros_like(params)
+        result = wide(lambda _, m, s: -lr * m / s, zeros, momentum, s)
         next_scale = wide(lambda s, h: b2 * s + (1 - b2) * (h + damping + delta), s, curvature)
         return result, BSAMState(next_key, momentum, next_scale, (lr_count, rho_count))
 

@@ -80,7 +80,8 @@ def decoupled_wsam(
     _checks.in_interval("gamma", gamma, "[0, 1)")
 
     def difference(perturbed: optax.Updates, *, clean: optax.Updates, **_: Any) -> optax.Updates:
-        return _numerics.map_wide(lambda g_s, g: g_s - g, perturbed, clean)
+        # The links that follow are Optax's, which do not take float0.
+        return _numerics.map_wide(lambda g_s, g: g_s - g, _numerics.movable(perturbed), clean)
 
     base = optax.with_extra_args_support(base)
     sharpness = optax.chain(
@@ -100,7 +101,8 @@ def decoupled_wsam(
     ) -> tuple[optax.Updates, DecoupledWSAMState]:
         # The sharpness term first, whose checks come before the base optimizer's.
         term, term_state = sharpness.update(updates, state.sharpness, params, **extra_args)
-        step, base_state = base.update(updates, state.base, params, **extra_args)
+        gradient = _numerics.movable(updates)
+        step, base_state = base.update(gradient, state.base, params, **extra_args)
         both = _numerics.map_wide(lambda a, b: a + b, step, term)
         return both, DecoupledWSAMState(base_state, term_state)
 

@@ -87,6 +87,7 @@ def gam(
       and its settings, followed here, do not. beta0 enters as |1 - beta0| only
       and g0 has weight 1, as executed there.
     """
+    _checks.at_least("rho_inner", rho_inner, 0.0)
     _checks.at_least("gamma", gamma, 0.0)
     outer, inner = dual_ascent(rho), dual_ascent(rho_inner)
 

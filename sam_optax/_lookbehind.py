@@ -117,7 +117,9 @@ def lookbehind(
             perturbation, ascent_state = ascent.update(climbed, state.ascent, high)
             high = optax.apply_updates(high, perturbation)
             gradient = descend(high)
-            step, base_state = base.update(gradient, base_state, fast, **extra_args)
+            step, base_state = base.update(
+                _numerics.movable(gradient), base_state, fast, **extra_args
+            )
             ways.append(optax.tree.add(ways[-1], step) if ways else step)
             fast = optax.apply_updates(params, ways[-1])
         first, whole = ways[0], ways[-1]

@@ -119,7 +119,9 @@ def sampa(
         y = optax.apply_updates(params, ahead)
         q = descend(y)
         u = q if descend is ascend else ascend(y)
-        mixed = _numerics.map_wide(lambda p, q: (1 - lmbda) * p + lmbda * q, p, q)
+        mixed = _numerics.map_wide(
+            lambda p, q: (1 - lmbda) * p + lmbda * q, _numerics.movable(p), q
+        )
         result, base_state = base.update(mixed, state.base, params, **extra_args)
         gradient = _numerics.map_wide(lambda old, u: u, state.gradient, u)
         return result, SAMPaState(gradient, ascent_state, base_state)

@@ -224,7 +224,7 @@ def in_one_dtype(
 
     def leaf_cast(result: Any, update: Any, param: Any) -> Any:
         if not jnp.issubdtype(jnp.result_type(result), jnp.inexact):
-            return result
+            return update  # of an integer leaf, 0 or float0, as it came
         return jnp.asarray(result, jnp.promote_types(update.dtype, param.dtype))
 
     def cast() -> tuple[Any, ...]:

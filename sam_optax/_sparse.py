@@ -1,6 +1,5 @@
 """Methods that perturb a part of the parameters: by z-score, by Fisher information, by layer."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -148,7 +147,7 @@ def sparse_sam(
             if not entries:
                 return state.mask
             total = sum(x.size for x in entries)
-            kept = _rounded(jnp.round, total * (1 - sparsity))
+            kept = _rounded("round", total * (1 - sparsity))
             least = _smallest(entries, total - jnp.maximum(kept, 1))
             # A step that a guard will skip must not spoil the mask.
             finite = jnp.all(jnp.isfinite(jnp.stack([jnp.max(x) for x in entries])))
@@ -170,11 +169,11 @@ def sparse_sam(
     return sharpness_aware(optax.chain(dual_ascent(rho), masked))
 
 
-def _rounded(rounding: Callable[..., Any], place: Any) -> Any:
+def _rounded(rounding: str, place: Any) -> Any:
     """The place as an integer; in double precision, unless it is traced."""
     if _checks.is_traced(place):
-        return rounding(place).astype(jnp.int32)
-    return int(rounding(np.float64(place)))
+        return getattr(jnp, rounding)(place).astype(jnp.int32)
+    return int(getattr(np, rounding)(place))
 
 
 def _smallest(arrays: list[jax.Array], k: Any) -> jax.Array:
@@ -200,7 +199,7 @@ def _smallest(arrays: list[jax.Array], k: Any) -> jax.Array:
 def _quantile(x: jax.Array, q: Any) -> jax.Array:
     """As `jnp.quantile` of an array without negative entries."""
     place = q * (x.size - 1)
-    whole = _rounded(jnp.floor, place)
+    whole = _rounded("floor", place)
     low = _smallest([x], whole)
     above = jnp.min(jnp.where(x > low, x, jnp.inf))
     following = jnp.where(jnp.sum(x <= low) > whole + 1, low, above)

@@ -107,6 +107,8 @@ def test_nonfinite_gradient_stays_nonfinite_everywhere(p, bad):
         (jnp.bfloat16, 1e30, 1e-2),
         (jnp.float32, 1e30, 5e-6),
         (jnp.float32, 1e-30, 5e-6),
+        (jnp.float32, 3e38, 5e-6),
+        (jnp.float32, 1.2e-38, 5e-6),
         (jnp.float32, 1e-10, 5e-6),
         (jnp.float32, 1.0, 5e-6),
     ],
@@ -127,6 +129,17 @@ def test_norm_is_rho_at_extreme_gradients_and_dtype_is_kept(dtype, size, toleran
     assert norm(jax.tree.map(lambda e, t: np.asarray(e, np.float64) / t, e, T)) == pytest.approx(
         0.5, rel=tolerance
     )
+
+
+@pytest.mark.parametrize("p", ref.P_VALUES)
+@pytest.mark.parametrize("size", [3.3e38, 1e38, 1e20, 1e-20, 1.2e-38])
+def test_the_length_is_rho_over_the_whole_range_of_float32(p, size):
+    g = jnp.asarray(size * np.linspace(-1, 1, 50), jnp.float32)
+    g = jnp.concatenate([g, jnp.array([1e-40], jnp.float32)])  # subnormal beside normal ones
+    ascent = jax.jit(lambda g: perturbation_of(sam_optax.dual_ascent(0.5, p=p), g))
+    with jax.debug_nans(True):
+        e = np.asarray(ascent(g), np.float64)
+    assert np.linalg.norm(e, p) == pytest.approx(0.5, rel=1e-5)
 
 
 def test_loss_scale_does_not_change_the_perturbation():
@@ -222,6 +235,8 @@ def test_groups_with_their_own_radius_by_partition():
         (lambda: sam_optax.dual_ascent(-0.1), "rho must be at least 0.0, got -0.1"),
         (lambda: sam_optax.dual_ascent(float("nan")), "rho must be at least 0.0, got nan"),
         (lambda: sam_optax.dual_ascent("big"), "rho must be a number, got 'big'"),
+        (lambda: sam_optax.dual_ascent(True), "rho must be a number, got True"),
+        (lambda: sam_optax.dual_ascent(np.ones(1)), r"rho must be a number, got array\(\[1"),
         (lambda: sam_optax.dual_ascent(0.1, p=0.5), "p must be at least 1.0, got 0.5"),
         (lambda: sam_optax.sam(-1), "rho must be at least 0.0, got -1"),
         (lambda: sam_optax.asam(0.5, -0.01), "eta must be at least 0.0, got -0.01"),

@@ -345,3 +345,56 @@ def test_complex_parameters_ascend():
     method = sam_optax.sam(0.1)
     out, _ = method.update(jnp.conj(jax.grad(loss)(z)), method.init(z), z, value_fn=loss)
     np.testing.assert_allclose(out, jnp.conj(jax.grad(loss)(perturbed)), rtol=1e-6)
+
+
+def powers(program):
+    """Number of power operations in a program, those inside of others included."""
+    inner = [p for eqn in program.eqns for p in jax.tree.leaves(eqn.params) if hasattr(p, "eqns")]
+    own = sum(eqn.primitive.name == "pow" for eqn in program.eqns)
+    return own + sum(powers(getattr(p, "jaxpr", p)) for p in inner)
+
+
+@pytest.mark.parametrize(
+    "factory, changes",
+    [
+        (sam_optax.sam, {}),
+        (sam_optax.sam, {"second_order": True}),
+        (sam_optax.asam, {}),
+        (sam_optax.asam, {"normalize_bias": True}),
+        (sam_optax.dual_ascent, {}),
+    ],
+)
+def test_inject_hyperparams_takes_them_as_they_stand(factory, changes):
+    """No static_args, and no power in the step: p is not traced unless it is given."""
+    w = {"a": jnp.array([[1.0, -2.0]]), "b": jnp.array([0.5, 3.0])}
+    loss = lambda w: jnp.sum(w["a"] * w["a"] * w["b"]) + jnp.sum(w["b"] * w["b"] * w["b"])
+    injected = optax.inject_hyperparams(factory)(rho=0.05, **changes)
+    plain = factory(rho=0.05, **changes)
+
+    def step(tx):
+        update = lambda w, state: tx.update(jax.grad(loss)(w), state, w, grad_fn=jax.grad(loss))[0]
+        state = tx.init(w)
+        assert powers(jax.make_jaxpr(update)(w, state).jaxpr) == 0
+        return jax.jit(update)(w, state)
+
+    assert_close(step(injected), step(plain), rtol=1e-6, atol=1e-7)
+
+
+def test_a_traced_p_that_is_given_is_a_power():
+    """What the count above would find."""
+    g = jnp.ones(2)
+    update = lambda p: sam_optax.dual_ascent(0.1, p=p).update(g, optax.EmptyState())[0]
+    assert powers(jax.make_jaxpr(update)(2.0).jaxpr) > 0
+
+
+def test_none_is_the_default_of_p_and_of_the_normalization():
+    params, loss = {"a": jnp.array([[1.0, -2.0]]), "b": jnp.ones(2)}, lambda w: jnp.sum(w["a"] ** 4)
+    for default, given in (
+        (sam_optax.sam(0.1), sam_optax.sam(0.1, p=2)),
+        (
+            sam_optax.asam(0.1, 0.3),
+            sam_optax.asam(0.1, 0.3, p=2.0, normalization=sam_optax.elementwise),
+        ),
+    ):
+        out, expected = (sam_optax.grad(loss, m)(params) for m in (default, given))
+        jax.tree.map(np.testing.assert_array_equal, out, expected)

@@ -123,9 +123,12 @@ def to_one(size: jax.Array) -> jax.Array:
     It is 1 for 0 and for what is not finite, and a normal number throughout.
     """
     size = jax.lax.stop_gradient(size)
-    limit = jnp.finfo(size.dtype).maxexp - 2
-    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(size) & (size > 0), size, 1))
-    return jnp.ldexp(jnp.ones_like(size), jnp.clip(1 - exponent, -limit, limit))
+    limits = jnp.finfo(size.dtype)
+    bits = jax.lax.bitcast_convert_type(size, jnp.int64 if limits.bits == 64 else jnp.int32)
+    # The exponent of a float is stored with a bias, and opposite exponents add up to twice that.
+    opposite = jnp.maximum(2 * (limits.maxexp - 1) - (bits >> limits.nmant), 1)
+    power = jax.lax.bitcast_convert_type(opposite << limits.nmant, size.dtype)
+    return jnp.where(jnp.isfinite(size) & (size > 0), power, 1)
 
 
 # Jitted, because a cond outside of jit is compiled anew at every call.

@@ -107,8 +107,6 @@ def test_nonfinite_gradient_stays_nonfinite_everywhere(p, bad):
         (jnp.bfloat16, 1e30, 1e-2),
         (jnp.float32, 1e30, 5e-6),
         (jnp.float32, 1e-30, 5e-6),
-        (jnp.float32, 3e38, 5e-6),
-        (jnp.float32, 1.2e-38, 5e-6),
         (jnp.float32, 1e-10, 5e-6),
         (jnp.float32, 1.0, 5e-6),
     ],

@@ -65,8 +65,11 @@ def build(name, **arguments):
     return getattr(sam_optax, name)(**arguments)
 
 
-def run(method, params=PARAMS, batches=BATCHES, loss=jax_loss, base=SGD):
-    """Parameters after each jitted step, and the points at which it called grad_fn."""
+def run(method, params=PARAMS, batches=BATCHES, loss=jax_loss, base=SGD, other=None):
+    """Parameters after each jitted step, and the points at which it called grad_fn.
+
+    other(batch) is what descent_grad_fn sees, if it is given.
+    """
     tx, seen = optax.chain(method, base), []
 
     @jax.jit
@@ -75,8 +78,10 @@ def run(method, params=PARAMS, batches=BATCHES, loss=jax_loss, base=SGD):
             jax.debug.callback(lambda w: seen.append(jax.tree.map(np.array, w)), w)
             return jax.grad(loss)(w, batch)
 
-        clean = jax.grad(loss)(params, batch)
-        updates, state = tx.update(clean, state, params, grad_fn=grad_fn)
+        clean, extra = jax.grad(loss)(params, batch), {}
+        if other is not None:
+            extra["descent_grad_fn"] = lambda w: jax.grad(loss)(w, other(batch))
+        updates, state = tx.update(clean, state, params, grad_fn=grad_fn, **extra)
         return optax.apply_updates(params, updates), state
 
     params = jax.tree.map(jnp.asarray, params)
@@ -118,6 +123,15 @@ def test_trajectory_points_and_cost_are_those_of_the_equations(x64, name, argume
             radius *= not (name in AT_REST_FIRST and t == 0)
             for point in seen:
                 np.testing.assert_allclose(fam.norm(fam.add(point, -1, w)), radius, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name, arguments", [c[:2] for c in FIRST.values()], ids=list(FIRST))
+def test_with_other_examples_for_the_descent(x64, name, arguments):
+    """The perturbed gradient, and all that a difference takes with it, are of descent_grad_fn."""
+    other = lambda batch: (batch[0][::-1], batch[1])
+    path, _ = run(build(name, **arguments), batches=BATCHES[:4], other=other)
+    expected, _ = fam.trajectory(PARAMS, BATCHES[:4], getattr(fam, name), arguments, other=other)
+    assert_close(path, expected)
 
 
 SAM = sam_optax.sam(0.3)

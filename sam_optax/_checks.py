@@ -57,10 +57,8 @@ def integer_at_least(name: str, value: Any, bound: int, traced: bool = False) ->
         return value
     is_integer = not is_traced(value) and jnp.issubdtype(np.asarray(value).dtype, jnp.integer)
     if not is_integer or np.ndim(value) > 0:
-        raise ValueError(
-            f"{name} must be an integer known when building (with optax.inject_hyperparams, name "
-            f"it in static_args), got {value!r}"
-        )
+        hint = ": with optax.inject_hyperparams name it in static_args" if is_traced(value) else ""
+        raise ValueError(f"{name} must be an integer known when building, got {value!r}{hint}")
     at_least(name, value, bound)
     return int(value)
 

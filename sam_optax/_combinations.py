@@ -112,8 +112,8 @@ def rho_from_learning_rate(
     """
     _checks.at_least("rho_min", rho_min, 0.0)
     _checks.at_least("rho_max", rho_max, 0.0)
-    if not lr_max > lr_min:
-        raise ValueError(f"lr_max must be above lr_min, got {lr_max} and {lr_min}")
+    _checks.in_interval("lr_min", lr_min, "(-inf, inf)")
+    _checks.in_interval("lr_max", lr_max, f"({lr_min}, inf)")  # above lr_min
     slope = (rho_max - rho_min) / (lr_max - lr_min)
     return lambda count: jnp.maximum(rho_min + slope * (learning_rate(count) - lr_min), 0.0)
 

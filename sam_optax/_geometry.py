@@ -128,9 +128,11 @@ def eigen_sam(
       step 100, and the first refresh here is at step 0.
 
     Note:
-      Two gradient evaluations, and power_steps Hessian-vector products, about a
-      gradient each, every so many steps; one copy of the parameters in
-      the state.
+      Two gradient evaluations a step. A refresh linearises the gradient once
+      and takes power_steps Hessian-vector products of about 1.6 gradients each:
+      by default 9 gradients more in that step, measured on a dense network,
+      and 2.1 a step on average. One copy of the parameters in the state; while
+      it refreshes, also what the linearised gradient keeps.
     """
     _checks.at_least("rho", rho, 0.0)
     _checks.at_least("alpha", alpha, 0.0)

@@ -23,25 +23,17 @@ def gradient_functions(
     Their results are checked against the gradients given to update.
     """
     _checks.given("params", params, "gradients are taken at perturbed copies of them")
-    for path, leaf in _nodes(updates):
-        if isinstance(leaf, optax.MaskedNode):
-            raise ValueError(
-                "updates must be the gradients of all parameters, since the loss needs them all: "
-                "put the method before optax.masked or optax.partition and choose what it perturbs "
-                f"by mask=, got optax.MaskedNode at {jax.tree_util.keystr(path) or 'the root'}"
-            )
-    if grad_fn is None and value_fn is None:
+    if grad_fn is not None:
+        ascent = checked("grad_fn", grad_fn, updates)
+    elif value_fn is not None:
+        ascent = checked("value_fn", value_fn, updates, _gradient_of)
+    else:
         raise ValueError(
             "grad_fn or value_fn must be given to update (it evaluates the perturbed gradient), "
             "got None: flax's TrainState.apply_gradients, for one, does not hand it on, so call "
             "tx.update(grads, opt_state, params, grad_fn=...) yourself, or use "
             "sam_optax.value_and_grad, which needs none"
         )
-    ascent = (
-        checked("grad_fn", grad_fn, updates)
-        if grad_fn is not None
-        else checked("value_fn", value_fn, updates, _gradient_of)
-    )
     if descent_grad_fn is None:
         return ascent, ascent
     return ascent, checked("descent_grad_fn", descent_grad_fn, updates)
@@ -57,17 +49,27 @@ def checked(
     _checks.given(name, fn, "gradients are taken at perturbed copies of params")
     assert fn is not None
     _check_takes_params_alone(name, fn)
-    evaluate = gradient(fn)
+    evaluate, structure, masked = gradient(fn), jax.tree.structure(updates), _masked(updates)
+    hidden = (
+        f"{name} must fill in for parameters that optax.masked or optax.partition hide: put the "
+        "method before them and choose what it perturbs by mask=, "
+        f"got optax.MaskedNode at {masked}"
+    )
 
     def checked_gradient(params: optax.Params) -> optax.Updates:
-        result = evaluate(params)
-        structure = jax.tree.structure(updates)
-        is_pair = isinstance(result, tuple) and len(result) == 2
-        parts = [jax.tree.structure(part) for part in result] if is_pair else []
-        if structure in parts and jax.tree.structure(result) != structure:
+        try:
+            result: Any = evaluate(params)
+        except Exception as error:
+            if masked is None:
+                raise
+            raise ValueError(hidden) from error
+        found = jax.tree.structure(result)
+        if masked is not None and found != structure:
+            raise ValueError(hidden)
+        parts = [jax.tree.structure(part) for part in result] if type(result) is tuple else []
+        if structure in parts and found != structure:
             raise ValueError(
-                f"{name} must return the gradients alone, without a value or aux, got the pair "
-                f"{jax.tree.structure(result)}"
+                f"{name} must return the gradients alone, without a value or aux, got {found}"
             )
         _checks.same_structure(f"the result of {name}", result, updates)
         return result
@@ -95,6 +97,9 @@ def _check_takes_params_alone(name: str, fn: Callable[..., Any]) -> None:
         ) from error
 
 
-def _nodes(tree: Any) -> list[tuple[Any, Any]]:
+def _masked(tree: Any) -> str | None:
+    """The first place that Optax has hidden."""
     is_masked = lambda node: isinstance(node, optax.MaskedNode)
-    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked)
+    places = [jax.tree_util.keystr(path) or "the root" for path, leaf in nodes if is_masked(leaf)]
+    return places[0] if places else None

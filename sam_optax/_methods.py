@@ -92,7 +92,8 @@ def asam(
         returns a function from params to T. With `optax.inject_hyperparams`
         name it in static_args if you give it: functions are schedules there.
       normalize_bias: whether biases (leaves with fewer than two dimensions)
-        have T = |b| + eta too; by default T = 1, as in the authors' code.
+        have T = |b| + eta too; by default T = 1. The authors' code has T = 1 on
+        biases, but not on the scales of normalization layers.
       mask: leaves that are perturbed, see `dual_ascent`.
 
     Returns:

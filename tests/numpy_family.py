@@ -198,8 +198,9 @@ def trajectory(
     """SGD with momentum and coupled weight decay on the rule's result, one step a batch.
 
     Arguments that are functions are schedules of the rule's own count. pays(step, g) decides
-    whether the rule is used at a step, or the gradient. Returns the parameters after each step
-    and the points at which each step took further gradients.
+    whether the rule is used at a step, or the gradient. other(batch) is what the descent sees, if
+    not the batch. Returns the parameters after each step and the points at which each step took
+    further gradients.
     """
     w, velocity, memory = dict(params), scaled(0, params), {"t": 0}
     path, points = [], []

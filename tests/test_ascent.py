@@ -246,6 +246,13 @@ def test_errors_when_building(build, message):
         build()
 
 
+def test_an_integer_that_is_traced_says_what_to_do():
+    for factory in (sam_optax.look_sam, sam_optax.multi_step_sam, sam_optax.eigen_sam):
+        tx = optax.inject_hyperparams(factory)()
+        with pytest.raises(ValueError, match=r"must be an integer.*name it in static_args"):
+            jax.jit(tx.init)(jnp.ones(2))
+
+
 @pytest.mark.parametrize(
     "ascent, message",
     [

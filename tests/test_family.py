@@ -1,6 +1,7 @@
 """The family against transcriptions of the equations, its invariants, reductions and costs."""
 
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -402,6 +403,20 @@ def test_random_perturbation_averages_gradients_under_noise_of_the_filters_size(
         for y in drawn[:i]:
             n = min(x.size, y.size)
             assert abs(np.dot(x[:n], y[:n])) < 5 * np.sqrt(n)
+
+
+def test_low_pass_filtering_sgd_by_a_chain(x64):
+    """As its docstring says: parts of the batch, each with noise of its own, one step of all."""
+    parts, loss = [1.0, 2.0, 3.0], lambda w, x: jnp.sum(jnp.sin(w["a"]) * x)
+    params = {"a": np.ones((4, 3))}
+    sgd = optax.MultiSteps(optax.sgd(0.1), len(parts)).gradient_transformation()
+    path, points = run(sam_optax.random_perturbation(0.1), params, parts, loss, sgd)
+    assert_close(path[:2], [params, params])
+    noisy = [seen[0]["a"] for seen in points]
+    assert all(np.any(a != b) for a, b in itertools.pairwise(noisy))
+    mean = np.mean([x * np.cos(w) for x, w in zip(parts, noisy, strict=True)], axis=0)
+    # The average of Optax counts in float32.
+    assert_close(path[2], {"a": params["a"] - 0.1 * mean}, rtol=1e-7)
 
 
 def test_random_perturbation_is_reproduced_by_its_key():

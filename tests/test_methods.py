@@ -299,6 +299,35 @@ def test_second_order_of_complex_parameters_for_any_p(x64):
         np.testing.assert_allclose(out, expected[0] + 1j * expected[1], rtol=1e-6, atol=1e-8)
 
 
+def test_second_order_with_leaves_that_do_not_move(x64):
+    """The numbers without them, whatever stands beside: integers, booleans, None, no elements."""
+    params, loss = smooth_network()
+    beside = {"n": jnp.arange(3), "on": jnp.array(True), "none": None, "no": jnp.zeros((0, 2))}
+    whole = lambda w: loss(w) * jnp.where(w["on"], w["n"][1], 0)
+    tx = sam_optax.sam(0.1, second_order=True)
+    expected = sam_optax.grad(loss, tx)(params)
+    out = jax.jit(sam_optax.grad(whole, tx, allow_int=True))(params | beside)
+    assert_close({k: out[k] for k in params}, expected, rtol=1e-12)
+    assert out["n"].dtype == out["on"].dtype == jax.dtypes.float0
+
+    def from_value(w):
+        return tx.update(jax.grad(whole, allow_int=True)(w), tx.init(w), w, value_fn=whole)[0]
+
+    out = jax.jit(from_value)(params | beside)
+    assert_close({k: out[k] for k in params}, expected, rtol=1e-12)
+
+
+def test_second_order_where_the_descent_is_of_another_precision():
+    params = {"a": jnp.array([1.0, 2.0])}
+    loss = lambda w: jnp.sum(w["a"] ** 4)
+    lower = lambda w: jax.tree.map(lambda g: g.astype(jnp.bfloat16), jax.grad(loss)(w))
+    tx = sam_optax.sam(0.1, second_order=True)
+    run = lambda **extra: tx.update(params, tx.init(params), params, value_fn=loss, **extra)[0]
+    out = run(descent_grad_fn=lower)
+    assert out["a"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(out["a"].astype(jnp.float32), run()["a"], rtol=2e-2)
+
+
 def test_second_order_at_a_stationary_point_is_finite():
     with jax.debug_nans(True):
         out = sam_optax.grad(lambda w: jnp.sum(w**2), sam_optax.sam(0.1, second_order=True))(

@@ -1,4 +1,4 @@
-"""The monitor at the edges of the range of its numbers; its equations are tested with the Hessian."""
+"""The monitor at the edges of its range; its equations are tested with the Hessian."""
 
 import jax
 import jax.numpy as jnp

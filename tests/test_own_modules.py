@@ -636,3 +636,23 @@ def test_a_zero_gradient_gives_no_nan_and_a_nan_is_not_hidden(name):
     with jax.debug_nans(True):
         assert all(np.isfinite(u).all() for u in jax.tree.leaves(step(0.0)))
     assert all(np.isnan(u).all() for u in jax.tree.leaves(step(jnp.nan)))
+
+
+def test_concrete_arrays_as_arguments_inside_of_jit():
+    """Of what is no transformation; those are in the contract."""
+    params, (x, y) = jax.tree.map(jnp.asarray, ref.network())
+    losses = functools.partial(losses_of, jnp)
+    arrays = {n: jnp.asarray(v) for n, v in {"rho": 0.1, "k": 2, "beta": 0.7, "gamma": 0.4}.items()}
+
+    def both(rho, k, beta, gamma):
+        key = jax.random.key(0)
+        return (
+            k_sam(losses, k, rho)(params, x, y),
+            esam(losses, rho, beta, gamma)(key, params, x, y),
+            sam_optax.xsam_alpha(lambda w: jnp.mean(losses(w, x, y)), params, rho=rho),
+            sam_optax.rho_from_learning_rate(
+                lambda count: 0.1, rho_min=rho, rho_max=beta, lr_min=rho, lr_max=beta
+            )(0),
+        )
+
+    assert_close(jax.jit(lambda: both(**arrays))(), both(0.1, 2, 0.7, 0.4), rtol=1e-5, atol=1e-6)

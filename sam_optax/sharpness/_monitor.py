@@ -69,7 +69,9 @@ def monitor(axis_name: _axes.AxisName | None = None) -> optax.GradientTransforma
       <https://arxiv.org/abs/2010.01412>`_, 2020, equation 2.
 
     Note:
-      Four norms and three inner products a step. The figures are those of the step's batch:
+      Four norms and three inner products a step. With descent_grad_fn g and
+      g_s are of two functions, whose difference the figures then hold too. The
+      figures are those of the step's batch:
       average them over time for a curve.
     """
 

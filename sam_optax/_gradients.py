@@ -48,7 +48,6 @@ def checked(
     """The gradient function, if it takes params alone, and gradients alone are its result."""
     _checks.given(name, fn, "gradients are taken at perturbed copies of params")
     assert fn is not None
-    _check_takes_params_alone(name, fn)
     evaluate, structure, masked = gradient(fn), jax.tree.structure(updates), _masked(updates)
     hidden = (
         f"{name} must fill in for parameters that optax.masked or optax.partition hide: put the "
@@ -60,9 +59,11 @@ def checked(
         try:
             result: Any = evaluate(params)
         except Exception as error:
-            if masked is None:
-                raise
-            raise ValueError(hidden) from error
+            if masked is not None:
+                raise ValueError(hidden) from error
+            if isinstance(error, TypeError):
+                _check_takes_params_alone(name, fn)
+            raise
         found = jax.tree.structure(result)
         if masked is not None and found != structure:
             raise ValueError(hidden)
@@ -84,6 +85,7 @@ def _gradient_of(value_fn: Callable[[optax.Params], jax.Array]) -> GradFn:
 
 
 def _check_takes_params_alone(name: str, fn: Callable[..., Any]) -> None:
+    # Asked only after a failed call: a decorated function may tell a signature it does not have.
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):  # some callables tell nothing

@@ -84,7 +84,8 @@ def lookbehind(
       k + 1 gradient evaluations, the caller's included: the gradient after one
       ascent is the one before the next, which the authors' code computes twice
       (2k); so it is here with descent_grad_fn, from which the k descents then
-      come while grad_fn serves the ascents. The k steps are written out in the compiled program.
+      come while grad_fn serves the ascents. The k steps are written out in the
+      compiled program.
     """
     k = _checks.integer_at_least("k", k, 1)
     if alpha is not None:

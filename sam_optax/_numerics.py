@@ -68,6 +68,8 @@ def perturbable_part(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 
 def as_key(key: int | jax.Array) -> jax.Array:
     """A typed key, from a seed, which may be traced, or a key."""
+    if isinstance(key, int | np.integer):
+        return jax.random.key(int(key))
     is_seed = jnp.issubdtype(jnp.result_type(key), jnp.integer) and jnp.ndim(key) == 0
     return jax.random.key(key) if is_seed else jnp.asarray(key)
 

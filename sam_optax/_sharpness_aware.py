@@ -223,7 +223,7 @@ def in_one_dtype(
     """Both branches of a cond must agree, though the clean gradient may be of lower precision."""
 
     def leaf_cast(result: Any, update: Any, param: Any) -> Any:
-        if not jnp.issubdtype(jnp.result_type(result), jnp.inexact):
+        if not jnp.issubdtype(jnp.result_type(update), jnp.inexact):
             return update  # of an integer leaf, 0 or float0, as it came
         return jnp.asarray(result, jnp.promote_types(update.dtype, param.dtype))
 

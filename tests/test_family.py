@@ -507,6 +507,19 @@ def test_compiled_cost_in_gradients_with_the_clean_one_included(name, gradients)
     assert gradients - 0.05 < ratio < gradients + 0.15
 
 
+@pytest.mark.parametrize("name, gradients", [("sam", 2), ("cr_sam", 3), ("gam", 4)])
+@pytest.mark.usefixtures("optimised")
+def test_compiled_cost_through_the_functional_door(name, gradients):
+    """It gives descent_grad_fn, but XLA finds the same gradient at the same point again."""
+    params = {"w": jnp.ones((32, 32)), "v": jnp.ones((32, 32))}
+    loss = lambda w, x: jnp.mean(jnp.sin(jnp.sin(x @ w["w"]) @ w["v"]) ** 2)
+    flops = lambda f, *args: jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
+    x = jnp.ones((4096, 32))
+    sharp = sam_optax.value_and_grad(loss, build(name))
+    ratio = flops(sharp, params, x) / flops(jax.grad(loss), params, x)
+    assert gradients - 0.05 < ratio < gradients + 0.15
+
+
 NAN = float("nan")
 
 

@@ -1,5 +1,7 @@
 """The generic method: what ascent, descent and cadence see, what is paid for, and errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -345,3 +347,25 @@ def test_rules_get_the_gradient_function_of_their_own_point():
     assert_equal(descent[0][2]["descent_grad_fn"](PARAMS), other(PARAMS))
     assert_equal(descent[1][2]["grad_fn"](PARAMS), GRADS)
     assert descent[1][2]["descent_grad_fn"] is None
+
+
+def test_a_gradient_function_that_wears_the_signature_of_another_is_taken():
+    """functools.wraps tells the signature of what is wrapped, the loss of a batch."""
+
+    @functools.wraps(lambda w, batch: loss_fn(w))
+    def grad_fn(w):
+        return jax.grad(loss_fn)(w)
+
+    tx = sam_optax.sam(0.1)
+    out, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, grad_fn=grad_fn)
+    assert_equal(out, sharp_gradient())
+
+
+def test_an_error_of_the_loss_stays_its_own():
+    tx = sam_optax.sam(0.1)
+    with pytest.raises(TypeError, match="mine"):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, grad_fn=lambda w: fail())
+
+
+def fail():
+    raise TypeError("mine")

@@ -117,14 +117,17 @@ def adaptive(
     paid for, more of them late.
 
         mu <- decay mu + (1 - decay) s,  var <- decay var + (1 - decay) (s - mu)^2,
-        pay if s >= mu + c_t sqrt(var),  s = ||g||^2,  c_t linear in t/steps
+        pay if s >= mu + c_t sqrt(var),  s = ||g||^2,
+        c_t = c_start + (c_end - c_start) t/steps
 
     Args:
       method: any method.
       steps: length of training, at least 1; may be traced.
       decay: of the running mean and variance, in [0, 1).
       c_start: threshold at step 0, in standard deviations.
-      c_end: threshold at the last step; below c_start pays more often late.
+      c_end: where the threshold goes; below c_start pays more often late. The
+        last step, steps - 1, is at (steps - 1)/steps of the way, just short of
+        it; steps beyond stay at c_end.
 
     Returns:
       A transformation with state: chain it. The first step is always paid for.
@@ -154,7 +157,7 @@ def adaptive(
     Note:
       One to two gradient evaluations a step.
     """
-    _checks.integer_at_least("steps", steps, 1, traced=True)
+    steps = _checks.integer_at_least("steps", steps, 1, traced=True)
     _checks.in_interval("decay", decay, "[0, 1)")
 
     def init(params: optax.Params) -> AdaptiveCadenceState:
@@ -225,7 +228,7 @@ def late_phase(
     Note:
       One gradient evaluation a step before `start`, then those of the method.
     """
-    _checks.integer_at_least("start", start, 0, traced=True)
+    start = _checks.integer_at_least("start", start, 0, traced=True)
     return _under(method, lambda count: count >= start)
 
 

@@ -4,15 +4,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from sam_optax import _checks, _numerics
-from sam_optax._types import Mask, Normalization, Radius, transformation
+from sam_optax import _checks, _masks, _normalization, _numerics
+from sam_optax._hyperparameters import count_for, scheduled
+from sam_optax._types import Mask, Normalization, transformation
 
 
 def dual_ascent(
-    rho: Radius,
+    rho: optax.ScalarOrSchedule,
     *,
     p: jax.typing.ArrayLike | None = None,
     normalization: Normalization | None = None,
@@ -89,8 +89,8 @@ def dual_ascent(
         del extra_args
         radius, state = scheduled(rho, state)
         grads, treedef = jax.tree.flatten(updates)
-        chosen = _chosen(mask, treedef, grads, params)
-        scales = _scales(normalization, treedef, grads, params)
+        chosen = _masks.chosen(mask, treedef, grads, params)
+        scales = _normalization.scales(normalization, treedef, grads, params)
         perturbable = [i for i, use in enumerate(chosen) if use]
         perturbations = _dual(
             [grads[i] for i in perturbable], [scales[i] for i in perturbable], radius, p
@@ -103,18 +103,56 @@ def dual_ascent(
     return transformation(lambda params: count_for(rho), update)
 
 
-def count_for(value: Radius) -> optax.OptState:
-    """State of a hyper-parameter: a count of steps for a schedule, else empty."""
-    if callable(value):
-        return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
-    return optax.EmptyState()
+def proportional_ascent(
+    rho: optax.ScalarOrSchedule, *, mask: Mask | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""The perturbation that is proportional to its direction: rho is a factor, not a length.
 
+    Use it where the size of the direction says something, as in unnormalised
+    SAM, or after a filter that has normalised it already.
 
-def scheduled(value: Radius, state: Any) -> tuple[Any, optax.OptState]:
-    """Value of a hyper-parameter at this step, and its next state."""
-    if callable(value):
-        return value(state.count), optax.ScaleByScheduleState(optax.safe_increment(state.count))
-    return value, state
+        e = rho d
+
+    Args:
+      rho: factor, at least 0: a number, a traced scalar or a schedule.
+      mask: leaves that are perturbed, as in `dual_ascent`.
+
+    Returns:
+      A transformation from a direction to a perturbation. Its state is empty
+      for a constant rho and holds the step count for a schedule.
+
+    Raises:
+      ValueError: if rho is negative; at the call, if the mask does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, sam_optax
+      >>> ascent, grads = sam_optax.proportional_ascent(rho=0.5), jnp.array([3.0, 4.0])
+      >>> print(ascent.update(grads, ascent.init(grads))[0])
+      [1.5 2. ]
+
+    References:
+      Andriushchenko and Flammarion, `Towards Understanding Sharpness-Aware
+      Minimization <https://arxiv.org/abs/2206.06232>`_, 2022.
+
+    Note:
+      No gradient evaluation. Depends on the scale of the loss.
+    """
+    _checks.at_least("rho", rho, 0.0)
+
+    def update(
+        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del extra_args
+        factor, state = scheduled(rho, state)
+        leaves, treedef = jax.tree.flatten(updates)
+        chosen = _masks.chosen(mask, treedef, leaves, params)
+        moves = [
+            (factor * _numerics.widened(d)).astype(jnp.result_type(d)) if use else _zero(d)
+            for use, d in zip(chosen, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, moves), state
+
+    return transformation(lambda params: count_for(rho), update)
 
 
 def _dual(
@@ -190,50 +228,3 @@ def _zero(grad: Any) -> jax.Array:
     dtype = jnp.result_type(grad)
     # The gradient of an integer leaf is float0, which nothing can be added to.
     return jnp.zeros(jnp.shape(grad), jnp.int32 if dtype == jax.dtypes.float0 else dtype)
-
-
-def _chosen(mask: Mask | None, treedef: Any, grads: list[Any], params: Any) -> list[bool]:
-    """Which leaves are perturbed."""
-    if mask is None:
-        masks: list[Any] = [True] * len(grads)
-    else:
-        if callable(mask):
-            _checks.given("params", params, "the mask is a function of them")
-            mask = mask(params)
-        tree = jax.tree.unflatten(treedef, grads)
-        try:
-            full = jax.tree.map(lambda m, part: jax.tree.map(lambda _: m, part), mask, tree)
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"mask must have the structure of params or a prefix of it: {error}"
-            ) from error
-        masks = jax.tree.leaves(full)
-        for entry in masks:
-            if not isinstance(entry, bool | np.bool_ | jax.Array):
-                raise ValueError(f"mask must hold booleans, got {entry!r}")
-    return [bool(m) and _numerics.is_perturbable(g) for m, g in zip(masks, grads, strict=True)]
-
-
-def _scales(
-    normalization: Normalization | None,
-    treedef: Any,
-    grads: list[Any],
-    params: Any,
-) -> list[Any]:
-    """The diagonal of T, leaf by leaf; None without a normalization."""
-    if normalization is None:
-        return [None] * len(grads)
-    _checks.given("params", params, "the normalization is a function of them")
-    try:
-        scales = treedef.flatten_up_to(normalization(params))
-    except ValueError as error:
-        raise ValueError(
-            f"normalization must return a tree with the structure of params: {error}"
-        ) from error
-    for scale, grad in zip(scales, grads, strict=True):
-        if jnp.broadcast_shapes(jnp.shape(scale), jnp.shape(grad)) != jnp.shape(grad):
-            raise ValueError(
-                "normalization must return leaves that broadcast against params, "
-                f"got shape {jnp.shape(scale)} for a leaf of shape {jnp.shape(grad)}"
-            )
-    return scales

@@ -101,6 +101,8 @@ def value_and_grad(
                 passes.append(out)
                 return grads
 
+            # A cadence refuses it: what only a branch has seen does not come out of it.
+            descent_grad_fn.keeps_aux = True
             result, _ = method.update(
                 grads, state, params, descent_grad_fn=descent_grad_fn, **given
             )

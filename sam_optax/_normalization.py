@@ -6,6 +6,7 @@ this kind serves; the three of the paper and of SAM-ON are here.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,3 +141,28 @@ def _operator(
         return jax.tree.map(leaf_operator, params)
 
     return normalization
+
+
+def scales(
+    normalization: Normalization | None,
+    treedef: Any,
+    grads: list[Any],
+    params: Any,
+) -> list[Any]:
+    """The diagonal of T, leaf by leaf; None without a normalization."""
+    if normalization is None:
+        return [None] * len(grads)
+    _checks.given("params", params, "the normalization is a function of them")
+    try:
+        scales = treedef.flatten_up_to(normalization(params))
+    except ValueError as error:
+        raise ValueError(
+            f"normalization must return a tree with the structure of params: {error}"
+        ) from error
+    for scale, grad in zip(scales, grads, strict=True):
+        if jnp.broadcast_shapes(jnp.shape(scale), jnp.shape(grad)) != jnp.shape(grad):
+            raise ValueError(
+                "normalization must return leaves that broadcast against params, "
+                f"got shape {jnp.shape(scale)} for a leaf of shape {jnp.shape(grad)}"
+            )
+    return scales

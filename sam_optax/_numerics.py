@@ -192,6 +192,19 @@ def inner(a: Any, b: Any) -> jax.Array:
     return jnp.sum(jnp.stack(products)) if products else jnp.zeros([], jnp.float32)
 
 
+def orthogonal_part(tree: Any, unit: Any) -> Any:
+    """The tree less its part along a unit vector, in float32 or wider."""
+    along = inner(tree, unit)
+    return map_wide(lambda u, x: x - along * u, unit, tree)
+
+
+def into_ball(tree: Any, radius: Any) -> Any:
+    """The nearest point of the ball around 0."""
+    norm, _ = norm_and_unit(tree)
+    shrink = jnp.where(norm > radius, radius / jnp.where(norm > 0, norm, 1), 1)
+    return map_wide(lambda x: shrink * x, tree)
+
+
 def safe_norm(x: jax.Array, axis: Any = None, keepdims: bool = False) -> jax.Array:
     """Euclidean norm with a gradient of zero, not NaN, at x = 0."""
     square = jnp.sum(abs_square(x), axis=axis, keepdims=keepdims)

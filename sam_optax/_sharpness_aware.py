@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _numerics
+from sam_optax._cadence import cadence_of, choose
 from sam_optax._gradients import gradient_functions
-from sam_optax._types import GradFn, When, transformation
+from sam_optax._types import GradFn, When, rule, transformation
 
 
 class SharpnessAwareState(NamedTuple):
@@ -31,12 +32,6 @@ class SharpnessAwareState(NamedTuple):
     cadence: optax.OptState
     ascent: optax.OptState
     descent: optax.OptState
-
-
-class CadenceState(NamedTuple):
-    """Count of steps seen by a cadence that is a function of it."""
-
-    count: jax.typing.ArrayLike
 
 
 def sharpness_aware(
@@ -57,15 +52,15 @@ def sharpness_aware(
         out  = descent(g_s)           with g and e at hand
 
     Args:
-      ascent: turns the gradient into the perturbation e. It gets grad_fn and
-        all extra arguments.
+      ascent: turns the gradient into the perturbation e. It gets grad_fn, all
+        extra arguments, and descent_state, the memory of the descent.
       descent: turns g_s into the result; the identity by default. It gets, as
         extra arguments, clean (g), perturbation (e), grad_fn, here the function
         that g_s came from, descent_grad_fn (None unless given, and then clean
         came from another function than g_s) and the rest.
-      when: cadence, whether to pay for g_s at this step: a function of the
-        step count to a boolean, or a transformation whose update returns a
-        boolean (with memory: a key, running statistics). By default always.
+      when: cadence, whether to pay for g_s at this step: `every`, `from_step`,
+        `with_probability`, `when_large`, a function of the step count to a
+        boolean, or a transformation whose update returns one. By default always.
         A step that does not pay does not compute g_s (`jax.lax.cond`); the
         ascent still sees its gradient, so that averages and schedules go on.
       otherwise: used in place of descent on the steps that do not pay: it
@@ -139,7 +134,11 @@ def sharpness_aware(
         ascent_grad_fn, perturbed_grad_fn = gradient_functions(
             updates, params, grad_fn, value_fn, descent_grad_fn
         )
-        to_ascent = extra_args | {"grad_fn": ascent_grad_fn, "value_fn": value_fn}
+        to_ascent = extra_args | {
+            "grad_fn": ascent_grad_fn,
+            "value_fn": value_fn,
+            "descent_state": state.descent,
+        }
         # All that a descent rule computes with g_s comes from the function that gave g_s.
         to_descent = to_ascent | {
             "grad_fn": perturbed_grad_fn,
@@ -185,50 +184,9 @@ def sharpness_aware(
             result, memory, descent_memory = aware()
             return result, SharpnessAwareState(state.cadence, memory, descent_memory)
         pay, cadence_memory = cadence.update(updates, state.cadence, params, **to_ascent)
-        result, memory, descent_memory = jax.lax.cond(
-            pay, in_one_dtype(aware, updates, params), in_one_dtype(plain, updates, params)
+        result, memory, descent_memory = choose(
+            pay, aware, plain, updates, params, descent_grad_fn
         )
         return result, SharpnessAwareState(cadence_memory, memory, descent_memory)
 
     return transformation(init, update)
-
-
-def rule(given: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """A rule that takes extra arguments, and names the one that it needs and does not get."""
-    given = optax.with_extra_args_support(given)
-    return transformation(given.init, given.update)
-
-
-def cadence_of(when: When) -> optax.GradientTransformationExtraArgs:
-    """A cadence as a transformation from a gradient to a boolean."""
-    if isinstance(when, optax.GradientTransformation):
-        return rule(when)
-
-    def init(params: optax.Params) -> CadenceState:
-        del params
-        return CadenceState(jnp.zeros([], jnp.int32))
-
-    def update(
-        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, CadenceState]:
-        del updates, params, extra_args
-        return jnp.asarray(when(state.count)), CadenceState(optax.safe_increment(state.count))
-
-    return transformation(init, update)
-
-
-def in_one_dtype(
-    branch: Callable[[], tuple[Any, ...]], updates: optax.Updates, params: optax.Params
-) -> Callable[[], tuple[Any, ...]]:
-    """Both branches of a cond must agree, though the clean gradient may be of lower precision."""
-
-    def leaf_cast(result: Any, update: Any, param: Any) -> Any:
-        if not jnp.issubdtype(jnp.result_type(update), jnp.inexact):
-            return update  # of an integer leaf, 0 or float0, as it came
-        return jnp.asarray(result, jnp.promote_types(update.dtype, param.dtype))
-
-    def cast() -> tuple[Any, ...]:
-        result, *memories = branch()
-        return jax.tree.map(leaf_cast, result, updates, params), *memories
-
-    return cast

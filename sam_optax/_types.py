@@ -13,7 +13,6 @@ from sam_optax import _checks
 GradFn: TypeAlias = Callable[[optax.Params], optax.Updates]
 Mask: TypeAlias = Any | Callable[[optax.Params], Any]
 Normalization: TypeAlias = Callable[[optax.Params], optax.Params]
-Radius: TypeAlias = jax.typing.ArrayLike | optax.Schedule
 When: TypeAlias = Callable[[jax.Array], jax.typing.ArrayLike] | optax.GradientTransformation
 
 
@@ -43,6 +42,12 @@ def transformation(
         return update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, complete)
+
+
+def rule(given: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """A rule that takes extra arguments, and names the one that it needs and does not get."""
+    given = optax.with_extra_args_support(given)
+    return transformation(given.init, given.update)
 
 
 def _required(fn: Callable[..., Any]) -> list[str]:

@@ -9,7 +9,7 @@ import optax
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
 from sam_optax._gradients import gradient_functions
-from sam_optax._types import GradFn, Radius
+from sam_optax._types import GradFn
 
 
 class GAMState(NamedTuple):
@@ -25,8 +25,8 @@ class GAMState(NamedTuple):
 
 
 def gam(
-    rho: Radius = 0.2,
-    rho_inner: Radius = 0.02,
+    rho: optax.ScalarOrSchedule = 0.2,
+    rho_inner: optax.ScalarOrSchedule = 0.02,
     beta0: jax.typing.ArrayLike = 0.5,
     beta1: jax.typing.ArrayLike = 0.6,
     gamma: jax.typing.ArrayLike = 0.03,
@@ -127,8 +127,8 @@ def gam(
         A = _numerics.map_wide(lambda g1, g3: beta1 * g1 + (1 - beta1) * g3, g1, g3)
         M = _numerics.map_wide(lambda g2, g0: g0 + abs(1 - beta0) * g2, g2, updates)
         _, u = _numerics.norm_and_unit(A)
-        along = _numerics.inner(M, u)
-        result = _numerics.map_wide(lambda A, M, u: A - gamma * (M - along * u), A, M, u)
+        part = _numerics.orthogonal_part(M, u)
+        result = _numerics.map_wide(lambda A, part: A - gamma * part, A, part)
         return result, GAMState(outer_state, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,15 +1,14 @@
-"""Weighted SAM whose sharpness term goes around the base optimizer."""
+"""WSAM (Yue et al., 2023): sharpness with a weight of its own, coupled and decoupled."""
 
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from sam_optax import _checks, _numerics
+from sam_optax import _checks, _descent, _numerics
 from sam_optax._ascent import dual_ascent
-from sam_optax._combinations import descent_of
 from sam_optax._sharpness_aware import sharpness_aware
-from sam_optax._types import Radius
+from sam_optax._types import Mask, Normalization
 
 
 class DecoupledWSAMState(NamedTuple):
@@ -24,10 +23,63 @@ class DecoupledWSAMState(NamedTuple):
     sharpness: optax.OptState
 
 
+def wsam(
+    rho: optax.ScalarOrSchedule = 0.05,
+    gamma: jax.typing.ArrayLike = 0.9,
+    *,
+    p: jax.typing.ArrayLike | None = None,
+    normalization: Normalization | None = None,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Weighted SAM, coupled: sharpness as a regulariser with a weight of its own.
+
+    Extrapolates beyond SAM's gradient for gamma above 1/2, which is SAM. Clip
+    after it: at gamma = 0.9 the gradients enter with weights 9 and -8.
+
+        out = g + gamma/(1 - gamma) (g_s - g),  e = rho g/||g||
+
+    Args:
+      rho: radius, at least 0: a number, a traced scalar or a schedule.
+      gamma: weight of sharpness, in [0, 1): 0 is the base optimizer. The
+        authors use 0.8 to 0.95.
+      p: order of the norm of e, from 1 to infinity, see `dual_ascent`.
+      normalization: operator T that measures e, such as `elementwise()` for
+        ASAM's, see `dual_ascent`.
+      mask: leaves that are perturbed, see `dual_ascent`.
+
+    Returns:
+      As for `sam`.
+
+    Raises:
+      ValueError: if rho is negative or gamma outside [0, 1).
+
+    Example:
+      >>> import jax.numpy as jnp, sam_optax
+      >>> loss_fn, w = lambda w: jnp.sum(w**2), jnp.array([3.0, 4.0])
+      >>> for gamma in (0.0, 0.5, 0.9):
+      ...     print(sam_optax.grad(loss_fn, sam_optax.wsam(0.05, gamma))(w).round(2))
+      [6. 8.]
+      [6.06 8.08]
+      [6.54 8.72]
+
+    References:
+      Yue et al., `Sharpness-Aware Minimization Revisited: Weighted Sharpness as
+      a Regularization Term <https://arxiv.org/abs/2305.15817>`_, 2023,
+      algorithm 1. The authors' code defaults to the decoupled form, which is
+      `decoupled_wsam`.
+
+    Note:
+      Two gradient evaluations and one copy of the parameters.
+    """
+    _checks.in_interval("gamma", gamma, "[0, 1)")
+    ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
+    return sharpness_aware(ascent, _descent.extrapolate(gamma / (1 - gamma)))
+
+
 def decoupled_wsam(
     base: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
-    rho: Radius = 0.05,
+    rho: optax.ScalarOrSchedule = 0.05,
     gamma: jax.typing.ArrayLike = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weighted SAM, decoupled: sharpness descends beside the base optimizer.
@@ -85,7 +137,7 @@ def decoupled_wsam(
 
     base = optax.with_extra_args_support(base)
     sharpness = optax.chain(
-        sharpness_aware(dual_ascent(rho), descent_of(difference)),
+        sharpness_aware(dual_ascent(rho), _descent.combining(difference)),
         optax.scale(gamma / (1 - gamma)),
         optax.scale_by_learning_rate(learning_rate),
     )

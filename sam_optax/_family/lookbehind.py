@@ -9,7 +9,7 @@ import optax
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
 from sam_optax._gradients import gradient_functions
-from sam_optax._types import GradFn, Normalization, Radius
+from sam_optax._types import GradFn, Normalization
 
 
 class LookbehindState(NamedTuple):
@@ -26,7 +26,7 @@ class LookbehindState(NamedTuple):
 
 def lookbehind(
     base: optax.GradientTransformation,
-    rho: Radius = 0.05,
+    rho: optax.ScalarOrSchedule = 0.05,
     k: int = 2,
     alpha: jax.typing.ArrayLike | None = 0.5,
     *,

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _axes, _checks, _numerics
-from sam_optax._ascent import count_for, scheduled
+from sam_optax._hyperparameters import count_for, scheduled
 from sam_optax._gradients import gradient_functions
-from sam_optax._types import GradFn, Radius
+from sam_optax._types import GradFn
 
 
 class BSAMState(NamedTuple):
@@ -33,7 +33,7 @@ class BSAMState(NamedTuple):
 def bsam(
     learning_rate: optax.ScalarOrSchedule,
     data_size: jax.typing.ArrayLike,
-    rho: Radius = 0.01,
+    rho: optax.ScalarOrSchedule = 0.01,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     *,

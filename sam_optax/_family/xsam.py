@@ -1,4 +1,4 @@
-"""XSAM: a descent on the arc from the clean to the perturbed gradient, and the search on it."""
+"""XSAM (ICLR 2026): a descent on the arc from the clean to the perturbed gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +8,71 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _checks, _numerics
-from sam_optax._ascent import count_for, dual_ascent, scheduled
+from sam_optax._ascent import dual_ascent
+from sam_optax._hyperparameters import count_for, scheduled
 from sam_optax._sharpness_aware import sharpness_aware
-from sam_optax._types import Radius, transformation
+from sam_optax._types import Mask, Normalization, transformation
 
 
-def xsam(rho: Radius = 0.15, alpha: Radius = 1.0) -> optax.GradientTransformationExtraArgs:
+def arc(alpha: optax.ScalarOrSchedule = 1.0) -> optax.GradientTransformationExtraArgs:
+    r"""A descent on the arc from the clean direction through the perturbed gradient.
+
+    Turns beyond SAM's gradient, or less far, without changing its length.
+
+        out = ||g_s|| slerp(g/||g||, g_s/||g_s||; alpha)
+        slerp(a, b; t) = (sin((1-t) th) a + sin(t th) b)/sin(th),  cos(th) = <a, b>
+
+    Args:
+      alpha: place on the arc, at least 0: 0 is the clean direction, 1 is SAM. A
+        number, a traced scalar or a schedule.
+
+    Returns:
+      A descent rule for `sharpness_aware`; it chains with others.
+
+    Raises:
+      ValueError: if alpha is negative; at the call, outside `sharpness_aware`.
+
+    Example:
+      >>> import jax.numpy as jnp, sam_optax
+      >>> loss_fn, w = lambda w: w[0] ** 2 + 10 * w[1] ** 2, jnp.array([1.0, 0.1])
+      >>> method = sam_optax.sam(0.1, descent=sam_optax.arc(2.0))
+      >>> print(*(f"{x:.2f}" for x in sam_optax.grad(loss_fn, method)(w)))
+      1.32 3.81
+
+    References:
+      `Revisiting Sharpness-Aware Minimization: A More Faithful and Effective
+      Implementation` (XSAM), ICLR 2026; the authors' code.
+
+    Note:
+      No gradient evaluation of its own.
+    """
+    _checks.at_least("alpha", alpha, 0.0)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: Any = None,
+        *,
+        clean: optax.Updates,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        place, state = scheduled(alpha, state)
+        length, end = _numerics.norm_and_unit(updates)
+        _, start = _numerics.norm_and_unit(clean)  # the direction of e, also where rho = 0
+        direction = _slerp(start, end, place)
+        return _numerics.map_wide(lambda g_s, d: length * d, updates, direction), state
+
+    return transformation(lambda params: count_for(alpha), update)
+
+
+def xsam(
+    rho: optax.ScalarOrSchedule = 0.15,
+    alpha: optax.ScalarOrSchedule = 1.0,
+    *,
+    p: jax.typing.ArrayLike | None = None,
+    normalization: Normalization | None = None,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
     r"""XSAM: turns from the perturbation through SAM's gradient, and beyond.
 
     The direction is taken on the arc from e to g_s at the angle alpha, where
@@ -26,6 +85,10 @@ def xsam(rho: Radius = 0.15, alpha: Radius = 1.0) -> optax.GradientTransformatio
       rho: radius, at least 0: a number, a traced scalar or a schedule.
       alpha: place on the arc, at least 0: 0 is the clean direction, 1 is SAM,
         the authors search to 2. A number, a traced scalar or a schedule.
+      p: order of the norm of e, from 1 to infinity, see `dual_ascent`.
+      normalization: operator T that measures e, such as `elementwise()` for
+        ASAM's, see `dual_ascent`.
+      mask: leaves that are perturbed, see `dual_ascent`.
 
     Returns:
       As for `sam`.
@@ -50,24 +113,8 @@ def xsam(rho: Radius = 0.15, alpha: Radius = 1.0) -> optax.GradientTransformatio
     Note:
       Two gradient evaluations; the search costs one forward pass per candidate.
     """
-    _checks.at_least("alpha", alpha, 0.0)
-
-    def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: Any = None,
-        *,
-        clean: optax.Updates,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        place, state = scheduled(alpha, state)
-        length, end = _numerics.norm_and_unit(updates)
-        _, start = _numerics.norm_and_unit(clean)  # the direction of e, also where rho = 0
-        direction = _slerp(start, end, place)
-        return _numerics.map_wide(lambda g_s, d: length * d, updates, direction), state
-
-    descent = transformation(lambda params: count_for(alpha), update)
-    return sharpness_aware(dual_ascent(rho), descent)
+    ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
+    return sharpness_aware(ascent, arc(alpha))
 
 
 def xsam_alpha(

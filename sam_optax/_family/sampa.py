@@ -9,7 +9,7 @@ import optax
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
 from sam_optax._gradients import checked, gradient_functions
-from sam_optax._types import GradFn, Radius
+from sam_optax._types import GradFn
 
 
 class SAMPaState(NamedTuple):
@@ -29,7 +29,7 @@ class SAMPaState(NamedTuple):
 
 def sampa(
     base: optax.GradientTransformation,
-    rho: Radius = 0.1,
+    rho: optax.ScalarOrSchedule = 0.1,
     lmbda: jax.typing.ArrayLike = 0.2,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SAM parallelized: the ascent gradient is taken ahead, at an extra iterate.

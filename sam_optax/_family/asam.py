@@ -1,4 +1,4 @@
-"""The named methods: each a configuration of the pieces, nothing more."""
+"""ASAM (Kwon et al., 2021): SAM whose perturbation is measured relative to the weights."""
 
 from collections.abc import Callable
 
@@ -8,71 +8,18 @@ import optax
 from sam_optax._ascent import dual_ascent
 from sam_optax._normalization import elementwise
 from sam_optax._sharpness_aware import sharpness_aware
-from sam_optax._types import Mask, Normalization, Radius
-
-
-def sam(
-    rho: Radius = 0.05,
-    *,
-    p: jax.typing.ArrayLike | None = None,
-    mask: Mask | None = None,
-    second_order: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Sharpness-aware minimization: the gradient at the worst nearby point.
-
-    Descends the loss at w + e, where e climbs the loss by a step of length
-    rho, and so prefers flat minima. The first method to try; `asam` where the
-    scales of layers differ much.
-
-        e = rho g / ||g||_2 (for p = 2; see `dual_ascent`);  out = grad L(w + e)
-
-    Args:
-      rho: length of the ascent step, at least 0, in units of the parameters: a
-        number, a traced scalar or a schedule of the step. Start at 0.05; small
-        networks often take 0.1 to 0.4. Above the best value training
-        collapses abruptly.
-      p: order of the norm, from 1 to infinity, see `dual_ascent`; None is 2, which
-        the paper finds the best.
-      mask: leaves that are perturbed, see `dual_ascent`.
-      second_order: keep the term that the paper drops, see `sharpness_aware`.
-
-    Returns:
-      A transformation from gradients to sharpness-aware gradients, for
-      `value_and_grad` or `optax.chain`; in a chain its update needs params
-      and grad_fn or value_fn. The state has no arrays for a constant rho.
-
-    Raises:
-      ValueError: if rho is negative or p below 1; at the call, if params or
-        grad_fn are missing or grad_fn returns another structure.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, optax, sam_optax
-      >>> tx = optax.chain(sam_optax.sam(rho=0.05), optax.sgd(0.1))
-      >>> loss_fn = lambda w: jnp.sum(w**2)
-      >>> w = jnp.array([3.0, 4.0])
-      >>> updates, state = tx.update(
-      ...     jax.grad(loss_fn)(w), tx.init(w), w, grad_fn=jax.grad(loss_fn))
-      >>> print(updates)  # -0.1 times the gradient at [3.03, 4.04]
-      [-0.606 -0.808]
-
-    References:
-      Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
-      Generalization <https://arxiv.org/abs/2010.01412>`_, 2020, algorithm 1.
-
-    Note:
-      Two gradient evaluations a step and one copy of the parameters.
-    """
-    return sharpness_aware(dual_ascent(rho, p=p, mask=mask), second_order=second_order)
+from sam_optax._types import Mask, Normalization
 
 
 def asam(
-    rho: Radius = 0.5,
+    rho: optax.ScalarOrSchedule = 0.5,
     eta: jax.typing.ArrayLike = 0.01,
     *,
     p: jax.typing.ArrayLike | None = None,
     normalization: Callable[[jax.typing.ArrayLike, bool], Normalization] | None = None,
     normalize_bias: bool = False,
     mask: Mask | None = None,
+    descent: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adaptive SAM: the perturbation is measured relative to each weight.
 
@@ -95,6 +42,8 @@ def asam(
         have T = |b| + eta too; by default T = 1. The authors' code has T = 1 on
         biases, but not on the scales of normalization layers.
       mask: leaves that are perturbed, see `dual_ascent`.
+      descent: rule from g_s to the result, such as `surrogate_gap(0.4)`; the
+        identity by default.
 
     Returns:
       As for `sam`.
@@ -122,4 +71,4 @@ def asam(
       Two gradient evaluations a step and one copy of the parameters.
     """
     operator = (normalization or elementwise)(eta, normalize_bias)
-    return sharpness_aware(dual_ascent(rho, p=p, normalization=operator, mask=mask))
+    return sharpness_aware(dual_ascent(rho, p=p, normalization=operator, mask=mask), descent)

@@ -215,8 +215,8 @@ class _Call:
     """The arguments of one call, taken apart: params, states and modules, and arrays."""
 
     def __init__(self, model: Any, args: Any, kwargs: Any, filter_spec: Any):
-        self.params, self._model = eqx.partition(model, filter_spec)
-        objects: list[Any] = []
+        self.params, rest = eqx.partition(model, filter_spec)
+        objects = [rest]  # the first; those of the arguments follow
         self.args, self.kwargs = _doors.without((args, kwargs), _is_object, objects)
         # Only arrays go through JAX; the rest of an object is known now.
         self.carried, self._rest = eqx.partition(objects, eqx.is_array)
@@ -250,7 +250,7 @@ class _Call:
 
     def _filled(self, params: Any, carried: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
         objects = eqx.combine(carried, self._rest)  # a state may be used once: make new ones
-        return eqx.combine(params, self._model), *_doors.filled((args, kwargs), objects)
+        return eqx.combine(params, objects[0]), *_doors.filled((args, kwargs), objects)
 
 
 def _is_object(x: Any) -> bool:

@@ -371,3 +371,332 @@ def test_grad_fn_on_devices(x64, check_vma):
 
     out = shard_mapped(step, check_vma)(params, *rest)
     assert_same(out, loop_over_groups(problem, folded(problem[-1], 8)))
+
+
+# What stands among the arguments and in aux.
+
+
+def test_frozen_leaves_are_not_perturbed_and_not_in_the_norm(one_problem):
+    model, state, x, y, key = one_problem
+    spec = jax.tree.map(eqx.is_inexact_array, model)
+    frozen = (lambda m: (m.first.weight, m.first.bias), (False, False))
+    spec = eqx.tree_at(frozen[0], spec, frozen[1])
+    (_, grads), expected = (
+        eqx.filter_jit(sharp(filter_spec=spec))(*one_problem),
+        by_hand(*one_problem, filter_spec=spec),
+    )
+    assert_same(grads, expected[3])
+    assert grads.first.weight is None and grads.first.bias is None
+    whole = by_hand(*one_problem)[3]
+    assert differ(grads.last.weight, whole.last.weight)
+    groups = eqx.filter_jit(sharp(filter_spec=spec, microbatch_size=4))(*one_problem)
+    assert_same(groups, loop_over_groups(one_problem, folded(key, 4), spec))
+
+    start = sam_optax.equinox.value_and_grad_fn(loss_fn, has_aux=True, filter_spec=spec)
+    value, grads, grad_fn = start(*one_problem)
+    tx, params = sam_optax.sam(RHO), eqx.filter(model, spec)
+    updates, _ = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+    assert_same((value, updates), (expected[0], expected[3]))
+
+
+@pytest.mark.parametrize("size", [None, 4])
+@pytest.mark.parametrize("wrap", [eqx.filter_jit, lambda f: f], ids=["jit", "eager"])
+def test_modules_functions_and_text_among_the_arguments_and_in_aux(one_problem, wrap, size):
+    """A second module is neither differentiated nor split, though 16 is its leading axis too."""
+    model, state, x, y, key = one_problem
+    teacher = eqx.nn.MLP(6, "scalar", EXAMPLES, 1, key=jax.random.key(7))
+
+    def distil(model, state, x, y, key, teacher, distance, *, words):
+        target = y + jax.vmap(teacher)(x)
+        out, state = model(x, state, key)
+        loss = jnp.mean(distance(out - target))
+        aux = {
+            "state": state,
+            "teacher": teacher,
+            "number": 3,
+            "rest": (words["name"], distance, None, jnp.mean(target)),
+        }
+        return loss, aux
+
+    run = sam_optax.equinox.value_and_grad(
+        distil,
+        sam_optax.sam(RHO),
+        has_aux=True,
+        microbatch_size=size,
+        batch_argnums=None if size is None else (2, 3),
+    )
+    (loss, aux), grads = wrap(lambda *args: run(*args, words={"name": "distilled"}))(
+        *one_problem, teacher, jnp.square
+    )
+    target = y + jax.vmap(teacher)(x)
+    keys = [key] if size is None else folded(key, 4)
+    expected = loop_over_groups((model, state, x, target, key), keys)
+    assert_same(((loss, aux["state"]), grads), expected)
+    assert_same(aux["teacher"], teacher)
+    assert aux["number"] == 3
+    assert aux["rest"][:3] == ("distilled", jnp.square, None)
+    np.testing.assert_allclose(aux["rest"][3], jnp.mean(target), rtol=1e-11)
+
+
+def test_a_module_is_not_split_by_default(one_problem):
+    model, state, x, y, key = one_problem
+    scales = eqx.nn.Linear(6, EXAMPLES, key=key)
+
+    def weighted(model, state, x, y, key, scales):
+        loss, state = loss_fn(model, state, x, y, key)
+        return loss * jnp.mean(scales.weight**2), state
+
+    run = sam_optax.equinox.value_and_grad(
+        weighted, sam_optax.sam(RHO), has_aux=True, microbatch_size=4
+    )
+    (loss, state), grads = eqx.filter_jit(run)(*one_problem, scales)
+    expected = loop_over_groups(one_problem, folded(key, 4))
+    factor = jnp.mean(scales.weight**2)
+    scaled = jax.tree.map(lambda g: factor * g, expected[1])
+    assert_same(((loss, state), grads), ((factor * expected[0][0], expected[0][1]), scaled))
+
+
+def test_parts_of_aux_are_averaged_or_stacked_beside_a_state(one_problem):
+    model, state, x, y, key = one_problem
+
+    def loss_with_outputs(*args):
+        loss, state = loss_fn(*args)
+        return loss, (state, {"mean": jnp.mean(args[2]), "rows": args[2], "name": "rows"})
+
+    run = sam_optax.equinox.value_and_grad(
+        loss_with_outputs,
+        sam_optax.sam(RHO),
+        has_aux=True,
+        microbatch_size=4,
+        average_aux=(True, {"mean": True, "rows": False, "name": False}),
+    )
+    (loss, (new, aux)), grads = eqx.filter_jit(run)(*one_problem)
+    assert_same(((loss, new), grads), loop_over_groups(one_problem, folded(key, 4)))
+    np.testing.assert_allclose(aux["mean"], jnp.mean(x), rtol=1e-11)
+    np.testing.assert_array_equal(aux["rows"], x.reshape(4, 4, 6))
+    assert aux["name"] == "rows"
+
+
+@pytest.mark.parametrize("size", [None, 4])
+def test_extra_arguments_of_a_transform(one_problem, size):
+    """As a mapping, or made of the model, its own state and the examples of the group."""
+
+    def update(updates, params=None, *, weight, **extra_args):
+        del params, extra_args
+        return jax.tree.map(lambda g: weight * g, updates)
+
+    weighted = optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(),
+        lambda updates, state, params=None, **extra: (update(updates, params, **extra), state),
+    )
+
+    def made(model, state, x, y, key):
+        del y, key
+        count = state.get(model.passes)
+        state.set(model.passes, count + 1)  # may not reach the passes
+        return {"weight": jnp.sum(model.activation(x)) + count}
+
+    model, state, x, y, key = one_problem
+    run = functools.partial(
+        sam_optax.equinox.value_and_grad,
+        loss_fn,
+        weighted,
+        has_aux=True,
+        microbatch_size=size,
+        batch_argnums=None if size is None else (2, 3),
+    )
+    keys = [key] if size is None else folded(key, 4)
+    total, plain = None, None
+    for xs, ys, k in zip(np.split(x, len(keys)), np.split(y, len(keys)), keys, strict=True):
+        _, g, _, _ = by_hand(model, state, xs, ys, k)
+        weight = jnp.sum(jnp.tanh(xs)) + state.get(model.passes)
+        part = jax.tree.map(lambda g, weight=weight: weight * g / len(keys), g)
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+        g = jax.tree.map(lambda g: g / len(keys), g)
+        plain = g if plain is None else jax.tree.map(jnp.add, plain, g)
+    (_, new), grads = eqx.filter_jit(run(extra_args=made))(*one_problem)
+    assert_same(grads, total)
+    assert new.get(model.passes) == state.get(model.passes) + 1
+    _, grads = eqx.filter_jit(run(extra_args={"weight": 3.0}))(*one_problem)
+    assert_same(grads, jax.tree.map(lambda g: 3.0 * g, plain))
+
+
+def test_the_loss_is_traced_once_in_a_jitted_step(one_problem):
+    traces = []
+
+    def counted(*args):
+        traces.append(None)
+        return loss_fn(*args)
+
+    door = sam_optax.equinox
+    three_gradients = sam_optax.multi_step_sam(RHO, steps=2)
+    for options in ({}, {"microbatch_size": 4}, {"aux_from": "perturbed"}):
+        run = door.value_and_grad(counted, three_gradients, has_aux=True, **options)
+        traces.clear()
+        for _ in range(2):
+            eqx.filter_jit(run)(*one_problem)
+        assert len(traces) == 1, options
+
+    model, *rest = one_problem
+    for options in ({}, {"microbatch_size": 4}):
+
+        @eqx.filter_jit
+        def step(model, rest, options=options):
+            start = door.value_and_grad_fn(counted, has_aux=True, **options)
+            _, grads, grad_fn = start(model, *rest)
+            params = eqx.filter(model, eqx.is_inexact_array)
+            return three_gradients.update(
+                grads, three_gradients.init(params), params, grad_fn=grad_fn
+            )[0]
+
+        traces.clear()
+        for _ in range(2):
+            step(model, rest)
+        assert len(traces) == 1, options
+
+
+def test_errors(one_problem):
+    door, method = sam_optax.equinox, sam_optax.sam(RHO)
+    with pytest.raises(TypeError, match=r"options must be among .*got \['microbatch'\]"):
+        door.value_and_grad(loss_fn, method, microbatch=4)
+    with pytest.raises(TypeError, match=r"options must be among .*got \['aux_from'\]"):
+        door.value_and_grad_fn(loss_fn, aux_from="clean")
+    with pytest.raises(ValueError, match="aux_from must be one of 'clean', 'perturbed'"):
+        door.value_and_grad(loss_fn, method, aux_from="both")
+    with pytest.raises(ValueError, match="microbatch_size must be at least 1, got 0"):
+        door.grad(loss_fn, method, microbatch_size=0)
+    with pytest.raises(TypeError, match=r"GradientTransformation: call sam\(\)"):
+        door.value_and_grad(loss_fn, sam_optax.sam)
+    for start in (door.value_and_grad, door.grad, door.value_and_grad_fn):
+        with pytest.raises(TypeError, match="has_aux must be True .* got a tuple of 2"):
+            start(loss_fn)(*one_problem)
+        with pytest.raises(TypeError, match=r"must return \(loss, aux\) with has_aux=True"):
+            start(lambda *args: loss_fn(*args)[0], has_aux=True)(*one_problem)
+    with pytest.raises(ValueError, match="microbatch_size 5 and a batch of 16"):
+        sharp(microbatch_size=5)(*one_problem)
+    with pytest.raises(ValueError, match=r"transform must be without state.*value_and_grad_fn"):
+        door.value_and_grad(loss_fn, sam_optax.vasso(), has_aux=True)(*one_problem)
+    with pytest.raises(NameError, match="axis_name must be an axis .*got 'nowhere'"):
+        sharp(axis_name="nowhere")(*one_problem)
+
+
+# Methods with memory.
+
+
+class Small(eqx.Module):
+    mlp: eqx.nn.MLP
+    passes: eqx.nn.StateIndex
+
+    def __init__(self):
+        self.mlp = eqx.nn.MLP(6, "scalar", 8, 1, key=jax.random.key(0))
+        self.passes = eqx.nn.StateIndex(jnp.array(0))
+
+
+def small_problem():
+    """An MLP and a state, in float32 as the contract has them, and five batches with keys."""
+
+    model, state = eqx.nn.make_with_state(Small)()
+    x = jax.random.normal(jax.random.key(1), (5, 8, 6))
+    return model, state, (x, jnp.sin(3 * x[..., 0]), jax.random.split(jax.random.key(2), 5))
+
+
+def small_loss(model, state, x, y, key):
+    x = x * jax.random.bernoulli(key, 0.8, x.shape)
+    state = state.set(model.passes, state.get(model.passes) + 1)
+    return jnp.mean((jax.vmap(model.mlp)(x) - y) ** 2), state
+
+
+def has_memory(name):
+    params = eqx.filter(small_problem()[0], eqx.is_inexact_array)
+    return bool(jax.tree.leaves(build(name).init(params)))
+
+
+WITH_MEMORY = [name for name in UNMAPPED if has_memory(name)]
+
+
+def test_methods_with_memory_are_found():
+    assert {"look_sam", "vasso", "async_sam", "bsam"} <= set(WITH_MEMORY)
+    assert not {"sam", "asam", "gsam"} & set(WITH_MEMORY)
+
+
+@pytest.mark.parametrize("name", WITH_MEMORY)
+def test_methods_with_memory_train_and_go_on_from_a_file(name, tmp_path):
+    """The door's grad_fn gives the numbers of one by hand; a saved run goes on as if never left."""
+    tx = optax.chain(build(name), optax.scale(-0.1))
+
+    @eqx.filter_jit
+    def step(model, state, opt_state, batch, previous):
+        start = sam_optax.equinox.value_and_grad_fn(small_loss, has_aux=True)
+        _, _, previous_grad_fn = start(model, state, *previous)
+        (value, state), grads, grad_fn = start(model, state, *batch)
+        params = eqx.filter(model, eqx.is_inexact_array)
+        updates, opt_state = tx.update(
+            grads, opt_state, params, grad_fn=grad_fn, previous_grad_fn=previous_grad_fn
+        )
+        return eqx.apply_updates(model, updates), state, opt_state, value
+
+    @eqx.filter_jit
+    def step_by_hand(model, state, opt_state, batch, previous):
+        params, static = eqx.partition(model, eqx.is_inexact_array)
+
+        def loss_at(params, batch=batch):
+            return small_loss(eqx.combine(params, static), clone(state), *batch)
+
+        (value, new), grads = jax.value_and_grad(loss_at, has_aux=True)(params)
+        updates, opt_state = tx.update(
+            grads,
+            opt_state,
+            params,
+            grad_fn=lambda params: jax.grad(loss_at, has_aux=True)(params)[0],
+            previous_grad_fn=lambda params: jax.grad(loss_at, has_aux=True)(params, previous)[0],
+        )
+        return eqx.combine(optax.apply_updates(params, updates), static), new, opt_state, value
+
+    def start():
+        model, state, _ = small_problem()
+        return model, state, tx.init(eqx.filter(model, eqx.is_inexact_array))
+
+    def run(step, carry, steps):
+        values = []
+        for i in steps:
+            batch, previous = (jax.tree.map(lambda a, j=j: a[j], batches) for j in (i, i - 1))
+            *carry, value = step(*carry, batch, previous)
+            values.append(value)
+        return carry, values
+
+    batches = small_problem()[2]
+    end, values = run(step, start(), (1, 2, 3, 4))
+    expected, expected_values = run(step_by_hand, start(), (1, 2, 3, 4))
+    close = lambda a, b: (
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5) if eqx.is_array(a) else None
+    )
+    jax.tree.map(close, (end, values), (expected, expected_values))
+    model, state, _ = end
+    assert state.get(model.passes) == 4
+
+    half, _ = run(step, start(), (1, 2))
+    eqx.tree_serialise_leaves(tmp_path / "run.eqx", half)
+    like = eqx.filter_eval_shape(lambda: half)
+    resumed = eqx.tree_deserialise_leaves(tmp_path / "run.eqx", like)
+    end_resumed, values_resumed = run(step, resumed, (3, 4))
+    assert eqx.tree_equal((end_resumed, values_resumed), (end, values[2:]))
+
+
+def test_params_of_an_update(one_problem):
+    """The parameters, alone or beside other arrays; a model of parameters only may go whole."""
+    model, *rest = one_problem
+    start = sam_optax.equinox.value_and_grad_fn(loss_fn, has_aux=True)
+    value, grads, grad_fn = start(model, *rest)
+    tx = sam_optax.sam(RHO)
+    expected = by_hand(*one_problem)
+    for keep in (eqx.is_inexact_array, eqx.is_array):
+        params = eqx.filter(model, keep)
+        updates, _ = tx.update(grads, tx.init(params), params, grad_fn=grad_fn)
+        assert_same((value, updates), (expected[0], expected[3]))
+
+    linear, x = model.last, rest[1] @ model.first.weight.T
+    loss = lambda linear, x: jnp.mean(jnp.tanh(jax.vmap(linear)(x)))
+    _, grads, grad_fn = sam_optax.equinox.value_and_grad_fn(loss)(linear, x)
+    updates, _ = tx.update(grads, tx.init(linear), linear, grad_fn=grad_fn)
+    assert_same(updates, sam_optax.equinox.grad(loss, tx)(linear, x))
+    assert differ(updates, grads)

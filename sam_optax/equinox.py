@@ -44,7 +44,9 @@ def value_and_grad(
       **options: the other options of `sam_optax.value_and_grad`. Over groups of
         examples the floats of an `eqx.nn.State` in aux are averaged, and the
         rest of it (counts, alike in all groups) is kept once. A state, and a
-        module among the arguments, is never split by microbatch_size.
+        module among the arguments, is never split by microbatch_size. Keys in
+        them are folded with the index of the group, as those among the
+        arguments are over micro-batches.
 
     Returns:
       A function of the arguments of loss_fn that returns (loss, grads), or
@@ -62,7 +64,8 @@ def value_and_grad(
       ... def step(model, opt_state, x, y):
       ...     loss_fn = lambda model, x, y: jnp.mean((jax.vmap(model)(x) - y) ** 2)
       ...     loss, grads = sam_optax.equinox.value_and_grad(loss_fn)(model, x, y)
-      ...     updates, opt_state = tx.update(grads, opt_state, model)
+      ...     params = eqx.filter(model, eqx.is_inexact_array)
+      ...     updates, opt_state = tx.update(grads, opt_state, params)
       ...     return eqx.apply_updates(model, updates), opt_state, loss
       >>> opt_state, losses = tx.init(eqx.filter(model, eqx.is_inexact_array)), []
       >>> for _ in range(50):
@@ -76,7 +79,10 @@ def value_and_grad(
       <https://arxiv.org/abs/2010.01412>`_, 2020, algorithm 1.
 
     Note:
-      Costs what the transform costs, two gradients for `sam`.
+      Costs what the transform costs, two gradients for `sam`. With or without
+      this door, `eqx.nn.BatchNorm` of Equinox 0.13 does not run under shard_map
+      with replication checking, nor, with mode="ema", in any shard_map or pmap
+      since jax 0.10: take mode="batch" and check_vma=False.
     """
     groups, rest = _doors.split_options(options, _doors.Options, first=1)
     _doors.check(transform, **rest)

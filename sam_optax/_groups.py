@@ -104,7 +104,8 @@ class Groups:
             return carried
         floats, rest = _parted(carried, jax.tree.map(_is_inexact, carried))
         carried = _joined(_axes.vary(floats, self.axis_name), rest)
-        return jax.tree.map(lambda x: _own_key(x, _axes.index(self.axis_name)), carried)
+        index = _axes.index(self.axis_name)
+        return jax.tree.map(lambda x: _own_key(x, index), carried)
 
     def over_devices(self, tree: Any) -> Any:
         """Mean over the mapped axis, if there is one."""

@@ -45,8 +45,8 @@ def value_and_grad(
         examples the floats of an `eqx.nn.State` in aux are averaged, and the
         rest of it (counts, alike in all groups) is kept once. A state, and a
         module among the arguments, is never split by microbatch_size. Keys in
-        them are folded with the index of the group, as those among the
-        arguments are over micro-batches.
+        them are folded with the index of the group; over devices a state should
+        hold none, because each device would return another one.
 
     Returns:
       A function of the arguments of loss_fn that returns (loss, grads), or

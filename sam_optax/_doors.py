@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 import jax
 import optax
 
-from sam_optax import _axes, _checks, _groups, _numerics
+from sam_optax import _axes, _checks, _numerics
 from sam_optax._groups import Groups, Result
 
 Loss: TypeAlias = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
@@ -117,7 +117,7 @@ def value_and_grad(
     def sharp(params: Any, carried: Any, args: Any, kwargs: Any) -> Result:
         if groups.axis_name is not None:
             params = _axes.vary(params, groups.axis_name)
-            carried = _groups.own_keys(carried, _axes.index(groups.axis_name))
+        carried = groups.of_device(carried)
         (loss, aux, carried), grads = groups.over_microbatches(
             lambda *rest: of_group(params, *rest), carried, args, kwargs
         )
@@ -133,8 +133,7 @@ def value_and_grad_fn(
     """((loss, aux, carried), gradient, grad_fn): the clean pass, and the gradient elsewhere."""
 
     def start(params: Any, carried: Any, args: Any, kwargs: Any) -> Any:
-        if groups.axis_name is not None:
-            carried = _groups.own_keys(carried, _axes.index(groups.axis_name))
+        carried = groups.of_device(carried)
 
         def evaluate(params: Any) -> Result:
             return groups.over_microbatches(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _checks, _numerics
+from sam_optax._gradients import refuse_in_branch
 from sam_optax._sharpness_aware import cadence_of, in_one_dtype
 from sam_optax._types import Radius, When, transformation
 
@@ -246,6 +247,7 @@ def _under(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, CadencedState]:
         _checks.given("params", params, "the gradient is taken at a perturbed copy of them")
+        refuse_in_branch(extra_args.get("descent_grad_fn"))
         pay, cadence_state = cadence.update(updates, state.cadence, params, **extra_args)
         result, method_state = jax.lax.cond(
             pay,

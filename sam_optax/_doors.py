@@ -93,26 +93,21 @@ def value_and_grad(
             grads, _ = method.update(grads, state, params, **given)
             return clean, _numerics.conjugate(grads)
 
-        def update() -> tuple[Any, Any]:
-            passes = []
+        perturbed = []
 
-            def descent_grad_fn(params: Any) -> Any:
-                out, grads = evaluate(params)
-                passes.append(out)
-                return grads
+        def descent_grad_fn(params: Any) -> Any:
+            out, grads = evaluate(params)
+            perturbed.append(out)
+            return grads
 
-            result, _ = method.update(
-                grads, state, params, descent_grad_fn=descent_grad_fn, **given
+        descent_grad_fn.keeps_aux = True  # which cannot leave a branch of a cond
+        grads, _ = method.update(grads, state, params, descent_grad_fn=descent_grad_fn, **given)
+        if not perturbed:
+            raise ValueError(
+                'aux_from must be "clean" for a transform that evaluates no perturbed '
+                f"gradient, got {aux_from!r}"
             )
-            if not passes:
-                raise ValueError(
-                    'aux_from must be "clean" for a transform that evaluates no perturbed '
-                    f"gradient, got {aux_from!r}"
-                )
-            return result, passes[0]
-
-        result, (_, *perturbed) = update()
-        return (clean[0], *perturbed), _numerics.conjugate(result)
+        return (clean[0], *perturbed[0][1:]), _numerics.conjugate(grads)
 
     def sharp(params: Any, carried: Any, args: Any, kwargs: Any) -> Result:
         if groups.axis_name is not None:

@@ -39,6 +39,15 @@ def gradient_functions(
     return ascent, checked("descent_grad_fn", descent_grad_fn, updates)
 
 
+def refuse_in_branch(descent_grad_fn: Any) -> None:
+    """What only a branch of a cond has seen does not come out of it."""
+    if getattr(descent_grad_fn, "keeps_aux", False):
+        raise ValueError(
+            'aux_from must be "clean" for a method that takes the perturbed gradient at some '
+            "steps only (when=), got 'perturbed'"
+        )
+
+
 def checked(
     name: str,
     fn: Callable[..., Any] | None,

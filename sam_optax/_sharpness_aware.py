@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _numerics
-from sam_optax._gradients import gradient_functions
+from sam_optax._gradients import gradient_functions, refuse_in_branch
 from sam_optax._types import GradFn, When, transformation
 
 
@@ -184,6 +184,7 @@ def sharpness_aware(
         if cadence is None:
             result, memory, descent_memory = aware()
             return result, SharpnessAwareState(state.cadence, memory, descent_memory)
+        refuse_in_branch(descent_grad_fn)
         pay, cadence_memory = cadence.update(updates, state.cadence, params, **to_ascent)
         result, memory, descent_memory = jax.lax.cond(
             pay, in_one_dtype(aware, updates, params), in_one_dtype(plain, updates, params)

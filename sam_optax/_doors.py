@@ -93,21 +93,14 @@ def value_and_grad(
             grads, _ = method.update(grads, state, params, **given)
             return clean, _numerics.conjugate(grads)
 
-        perturbed = []
-
-        def descent_grad_fn(params: Any) -> Any:
-            out, grads = evaluate(params)
-            perturbed.append(out)
-            return grads
-
-        descent_grad_fn.keeps_aux = True  # which cannot leave a branch of a cond
-        grads, _ = method.update(grads, state, params, descent_grad_fn=descent_grad_fn, **given)
-        if not perturbed:
+        perturbed = _Perturbed(evaluate)
+        grads, _ = method.update(grads, state, params, descent_grad_fn=perturbed, **given)
+        if perturbed.first is None:
             raise ValueError(
                 'aux_from must be "clean" for a transform that evaluates no perturbed '
                 f"gradient, got {aux_from!r}"
             )
-        return (clean[0], *perturbed[0][1:]), _numerics.conjugate(grads)
+        return (clean[0], *perturbed.first[1:]), _numerics.conjugate(grads)
 
     def sharp(params: Any, carried: Any, args: Any, kwargs: Any) -> Result:
         if groups.axis_name is not None:
@@ -120,6 +113,21 @@ def value_and_grad(
         return (loss, groups.aux_over_devices(aux), carried), grads
 
     return sharp
+
+
+class _Perturbed:
+    """A gradient function that keeps what its first pass gave beside the gradient."""
+
+    keeps_aux = True  # which cannot leave a branch of a cond: cadences refuse it
+
+    def __init__(self, evaluate: Callable[[Any], Result]):
+        self._evaluate = evaluate
+        self.first: Any = None
+
+    def __call__(self, params: Any) -> Any:
+        out, grads = self._evaluate(params)
+        self.first = self.first or out
+        return grads
 
 
 def value_and_grad_fn(

@@ -1,121 +1,189 @@
-"""Sharpness-aware training as Optax gradient transformations."""
+"""Sharpness-aware training as Optax gradient transformations.
+
+A perturbation is an Optax update, and a method is a composition: a cadence of
+(filter before ascent, descent). The map, from the ground up:
+
+    _checks, _numerics, _axes, _memory,      errors; arithmetic on trees; mapped axes;
+    _selection, _hyperparameters, _types     averages; order statistics; numbers or schedules
+    _masks, _normalization                   what is perturbed, and how it is measured
+    _gradients                               the gradient functions that update is given, checked
+    _ascent, _descent, _cadence              the rules that no paper owns
+    _sharpness_aware                         the one generic method over them
+    _family/                                 one file a paper: its rules and its alias
+    _groups, _doors, _functional,            groups of examples; passes over a loss; the doors for
+    nnx, equinox                             functions and modules
+    averaging/                               averages of weights
+    _measures/, sharpness/, landscape/, draw what measures share; measuring; drawing
+"""
 
 from sam_optax._ascent import dual_ascent as dual_ascent
+from sam_optax._ascent import proportional_ascent as proportional_ascent
 from sam_optax._axes import pmean as pmean
-from sam_optax._bsam import BSAMState as BSAMState
-from sam_optax._bsam import bsam as bsam
-from sam_optax._cadences import AdaptiveCadenceState as AdaptiveCadenceState
-from sam_optax._cadences import CadencedState as CadencedState
-from sam_optax._cadences import RandomCadenceState as RandomCadenceState
-from sam_optax._cadences import adaptive as adaptive
-from sam_optax._cadences import late_phase as late_phase
-from sam_optax._cadences import randomised as randomised
-from sam_optax._combinations import cr_sam as cr_sam
-from sam_optax._combinations import gradient_norm_penalty as gradient_norm_penalty
-from sam_optax._combinations import gsam as gsam
-from sam_optax._combinations import rho_from_learning_rate as rho_from_learning_rate
-from sam_optax._combinations import stable_sam as stable_sam
-from sam_optax._combinations import wsam as wsam
-from sam_optax._decoupled_wsam import DecoupledWSAMState as DecoupledWSAMState
-from sam_optax._decoupled_wsam import decoupled_wsam as decoupled_wsam
+from sam_optax._cadence import CadencedState as CadencedState
+from sam_optax._cadence import StepCountState as StepCountState
+from sam_optax._cadence import cadenced as cadenced
+from sam_optax._cadence import every as every
+from sam_optax._cadence import from_step as from_step
+from sam_optax._descent import extrapolate as extrapolate
+from sam_optax._family.adaptive import WhenLargeState as WhenLargeState
+from sam_optax._family.adaptive import adaptive as adaptive
+from sam_optax._family.adaptive import when_large as when_large
+from sam_optax._family.asam import asam as asam
+from sam_optax._family.async_sam import PreviousState as PreviousState
+from sam_optax._family.async_sam import async_sam as async_sam
+from sam_optax._family.async_sam import previous as previous
+from sam_optax._family.bsam import BSAMState as BSAMState
+from sam_optax._family.bsam import bsam as bsam
+from sam_optax._family.cr_sam import cr_sam as cr_sam
+from sam_optax._family.cr_sam import curvature as curvature
+from sam_optax._family.eigen_sam import TowardEigenvectorState as TowardEigenvectorState
+from sam_optax._family.eigen_sam import eigen_sam as eigen_sam
+from sam_optax._family.eigen_sam import toward_eigenvector as toward_eigenvector
+from sam_optax._family.esam import esam as esam
+from sam_optax._family.fisher_sam import fisher_ascent as fisher_ascent
+from sam_optax._family.fisher_sam import fisher_sam as fisher_sam
+from sam_optax._family.friendly_sam import WithoutAverageState as WithoutAverageState
+from sam_optax._family.friendly_sam import friendly_sam as friendly_sam
+from sam_optax._family.friendly_sam import without_average as without_average
+from sam_optax._family.gam import GAMState as GAMState
+from sam_optax._family.gam import gam as gam
+from sam_optax._family.gradient_norm_penalty import gradient_norm_penalty as gradient_norm_penalty
+from sam_optax._family.gsam import gsam as gsam
+from sam_optax._family.gsam import rho_from_learning_rate as rho_from_learning_rate
+from sam_optax._family.gsam import surrogate_gap as surrogate_gap
+from sam_optax._family.k_sam import k_sam as k_sam
+from sam_optax._family.late_phase import late_phase as late_phase
+from sam_optax._family.look_sam import keep_orthogonal as keep_orthogonal
+from sam_optax._family.look_sam import look_sam as look_sam
+from sam_optax._family.look_sam import reuse_orthogonal as reuse_orthogonal
+from sam_optax._family.lookbehind import LookbehindState as LookbehindState
+from sam_optax._family.lookbehind import lookbehind as lookbehind
+from sam_optax._family.momentum_sam import MomentumState as MomentumState
+from sam_optax._family.momentum_sam import along_momentum as along_momentum
+from sam_optax._family.momentum_sam import keep_momentum as keep_momentum
+from sam_optax._family.momentum_sam import momentum_sam as momentum_sam
+from sam_optax._family.multi_step_sam import multi_step as multi_step
+from sam_optax._family.multi_step_sam import multi_step_sam as multi_step_sam
+from sam_optax._family.random_perturbation import GaussianAscentState as GaussianAscentState
+from sam_optax._family.random_perturbation import draws as draws
+from sam_optax._family.random_perturbation import gaussian_ascent as gaussian_ascent
+from sam_optax._family.random_perturbation import random_perturbation as random_perturbation
+from sam_optax._family.randomised import WithProbabilityState as WithProbabilityState
+from sam_optax._family.randomised import randomised as randomised
+from sam_optax._family.randomised import with_probability as with_probability
+from sam_optax._family.sam import sam as sam
+from sam_optax._family.sam_on import normalization_mask as normalization_mask
+from sam_optax._family.sampa import SAMPaState as SAMPaState
+from sam_optax._family.sampa import sampa as sampa
+from sam_optax._family.sparse_sam import LargestEntriesState as LargestEntriesState
+from sam_optax._family.sparse_sam import largest_entries as largest_entries
+from sam_optax._family.sparse_sam import sparse_sam as sparse_sam
+from sam_optax._family.stable_sam import renormalise as renormalise
+from sam_optax._family.stable_sam import stable_sam as stable_sam
+from sam_optax._family.unnormalised_sam import unnormalised_sam as unnormalised_sam
+from sam_optax._family.vasso import RunningAverageState as RunningAverageState
+from sam_optax._family.vasso import running_average as running_average
+from sam_optax._family.vasso import vasso as vasso
+from sam_optax._family.wsam import DecoupledWSAMState as DecoupledWSAMState
+from sam_optax._family.wsam import decoupled_wsam as decoupled_wsam
+from sam_optax._family.wsam import wsam as wsam
+from sam_optax._family.xsam import arc as arc
+from sam_optax._family.xsam import xsam as xsam
+from sam_optax._family.xsam import xsam_alpha as xsam_alpha
+from sam_optax._family.z_sharp import largest_scores as largest_scores
+from sam_optax._family.z_sharp import z_sharp as z_sharp
 from sam_optax._functional import grad as grad
 from sam_optax._functional import value_and_grad as value_and_grad
 from sam_optax._functional import value_and_grad_fn as value_and_grad_fn
-from sam_optax._gam import GAMState as GAMState
-from sam_optax._gam import gam as gam
-from sam_optax._geometry import EigenState as EigenState
-from sam_optax._geometry import eigen_sam as eigen_sam
-from sam_optax._geometry import fisher_sam as fisher_sam
-from sam_optax._look_sam import look_sam as look_sam
-from sam_optax._lookbehind import LookbehindState as LookbehindState
-from sam_optax._lookbehind import lookbehind as lookbehind
-from sam_optax._memories import AverageState as AverageState
-from sam_optax._memories import MomentumState as MomentumState
-from sam_optax._memories import PreviousState as PreviousState
-from sam_optax._memories import async_sam as async_sam
-from sam_optax._memories import friendly_sam as friendly_sam
-from sam_optax._memories import momentum_sam as momentum_sam
-from sam_optax._memories import vasso as vasso
-from sam_optax._methods import asam as asam
-from sam_optax._methods import sam as sam
-from sam_optax._noise import RandomState as RandomState
-from sam_optax._noise import random_perturbation as random_perturbation
 from sam_optax._normalization import elementwise as elementwise
 from sam_optax._normalization import filterwise as filterwise
 from sam_optax._normalization import layerwise as layerwise
-from sam_optax._per_example import esam as esam
-from sam_optax._per_example import k_sam as k_sam
-from sam_optax._sampa import SAMPaState as SAMPaState
-from sam_optax._sampa import sampa as sampa
-from sam_optax._sharpness_aware import CadenceState as CadenceState
 from sam_optax._sharpness_aware import SharpnessAwareState as SharpnessAwareState
 from sam_optax._sharpness_aware import sharpness_aware as sharpness_aware
-from sam_optax._sparse import SparseState as SparseState
-from sam_optax._sparse import normalization_mask as normalization_mask
-from sam_optax._sparse import sparse_sam as sparse_sam
-from sam_optax._sparse import z_sharp as z_sharp
-from sam_optax._steps import multi_step_sam as multi_step_sam
-from sam_optax._steps import unnormalised_sam as unnormalised_sam
-from sam_optax._xsam import xsam as xsam
-from sam_optax._xsam import xsam_alpha as xsam_alpha
 
 __version__ = "0.1.0"
 
 __all__ = (
-    "AdaptiveCadenceState",
-    "AverageState",
     "BSAMState",
-    "CadenceState",
     "CadencedState",
     "DecoupledWSAMState",
-    "EigenState",
     "GAMState",
+    "GaussianAscentState",
+    "LargestEntriesState",
     "LookbehindState",
     "MomentumState",
     "PreviousState",
-    "RandomCadenceState",
-    "RandomState",
+    "RunningAverageState",
     "SAMPaState",
     "SharpnessAwareState",
-    "SparseState",
+    "StepCountState",
+    "TowardEigenvectorState",
+    "WhenLargeState",
+    "WithProbabilityState",
+    "WithoutAverageState",
     "adaptive",
+    "along_momentum",
+    "arc",
     "asam",
     "async_sam",
     "bsam",
+    "cadenced",
     "cr_sam",
+    "curvature",
     "decoupled_wsam",
+    "draws",
     "dual_ascent",
     "eigen_sam",
     "elementwise",
     "esam",
+    "every",
+    "extrapolate",
     "filterwise",
+    "fisher_ascent",
     "fisher_sam",
     "friendly_sam",
+    "from_step",
     "gam",
+    "gaussian_ascent",
     "grad",
     "gradient_norm_penalty",
     "gsam",
     "k_sam",
+    "keep_momentum",
+    "keep_orthogonal",
+    "largest_entries",
+    "largest_scores",
     "late_phase",
     "layerwise",
     "look_sam",
     "lookbehind",
     "momentum_sam",
+    "multi_step",
     "multi_step_sam",
     "normalization_mask",
     "pmean",
+    "previous",
+    "proportional_ascent",
     "random_perturbation",
     "randomised",
+    "renormalise",
+    "reuse_orthogonal",
     "rho_from_learning_rate",
+    "running_average",
     "sam",
     "sampa",
     "sharpness_aware",
     "sparse_sam",
     "stable_sam",
+    "surrogate_gap",
+    "toward_eigenvector",
     "unnormalised_sam",
     "value_and_grad",
     "value_and_grad_fn",
     "vasso",
+    "when_large",
+    "with_probability",
+    "without_average",
     "wsam",
     "xsam",
     "xsam_alpha",

@@ -7,8 +7,8 @@ from typing import Any, Literal, Unpack
 import optax
 
 from sam_optax import _axes, _doors
+from sam_optax._family.sam import sam
 from sam_optax._groups import Groups
-from sam_optax._methods import sam
 
 
 def value_and_grad(

@@ -198,11 +198,14 @@ def orthogonal_part(tree: Any, unit: Any) -> Any:
     return map_wide(lambda u, x: x - along * u, unit, tree)
 
 
-def into_ball(tree: Any, radius: Any) -> Any:
-    """The nearest point of the ball around 0."""
-    norm, _ = norm_and_unit(tree)
-    shrink = jnp.where(norm > radius, radius / jnp.where(norm > 0, norm, 1), 1)
-    return map_wide(lambda x: shrink * x, tree)
+def into_ball(tree: Any, radius: Any, p: float = 2) -> Any:
+    """The nearest point of the ball around 0, of the 2-norm or for p = inf the largest entry."""
+    if p == 2:
+        norm, _ = norm_and_unit(tree)
+        shrink = jnp.where(norm > radius, radius / nonzero(norm), 1)
+        return map_wide(lambda x: shrink * x, tree)
+    # abs and division, not clip: it serves complex entries as well.
+    return map_wide(lambda x: x * jnp.where(jnp.abs(x) > radius, radius / jnp.abs(x), 1), tree)
 
 
 def safe_norm(x: jax.Array, axis: Any = None, keepdims: bool = False) -> jax.Array:

@@ -184,9 +184,7 @@ def sharpness_aware(
             result, memory, descent_memory = aware()
             return result, SharpnessAwareState(state.cadence, memory, descent_memory)
         pay, cadence_memory = cadence.update(updates, state.cadence, params, **to_ascent)
-        result, memory, descent_memory = choose(
-            pay, aware, plain, updates, params, descent_grad_fn
-        )
+        result, memory, descent_memory = choose(pay, aware, plain, updates, params, descent_grad_fn)
         return result, SharpnessAwareState(cadence_memory, memory, descent_memory)
 
     return transformation(init, update)

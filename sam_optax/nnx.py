@@ -8,8 +8,8 @@ import jax
 import optax
 
 from sam_optax import _doors, _groups
+from sam_optax._family.sam import sam
 from sam_optax._groups import Groups
-from sam_optax._methods import sam
 
 try:
     from flax import nnx

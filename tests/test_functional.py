@@ -221,7 +221,7 @@ def test_errors():
         (optax.sgd(0.1), ValueError, "turns it around, as an optimizer does"),
         (optax.chain(sam_optax.sam(), optax.sgd(0.1)), ValueError, "as an optimizer does"),
     ],
-    ids=str,
+    ids=["number", "uncalled", "adam", "sgd", "chain"],
 )
 def test_what_is_no_transform(transform, error, message):
     for wrap in (lambda f: f, jax.jit):

@@ -12,13 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from numpy_family import add, dot, norm, scaled, unit
 
 import sam_optax
-from sam_optax import _numerics
-from sam_optax._bsam import bsam
-from sam_optax._decoupled_wsam import decoupled_wsam
-from sam_optax._gam import gam
-from sam_optax._lookbehind import lookbehind
-from sam_optax._per_example import esam, k_sam
-from sam_optax._sampa import sampa
+from sam_optax import _numerics, bsam, decoupled_wsam, esam, gam, k_sam, lookbehind, sampa
 
 LR, MOMENTUM, DECAY, STEPS = 0.05, 0.9, 0.01, 7
 

@@ -23,8 +23,8 @@ def when_large(
     steps: jax.typing.ArrayLike,
     *,
     decay: jax.typing.ArrayLike = 0.9,
-    c_start: jax.typing.ArrayLike = 1.0,
-    c_end: jax.typing.ArrayLike = -1.0,
+    c_start: float | jax.Array = 1.0,
+    c_end: float | jax.Array = -1.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A cadence that pays where the gradient is large among those seen lately.
 
@@ -93,7 +93,6 @@ def when_large(
         # A step that is not finite is paid for, so that guards see it, and forgotten.
         return ~(s < threshold), _numerics.keep_if_nonfinite(updates, new, state)
 
-
     return transformation(init, update)
 
 
@@ -102,8 +101,8 @@ def adaptive(
     steps: jax.typing.ArrayLike,
     *,
     decay: jax.typing.ArrayLike = 0.9,
-    c_start: jax.typing.ArrayLike = 1.0,
-    c_end: jax.typing.ArrayLike = -1.0,
+    c_start: float | jax.Array = 1.0,
+    c_end: float | jax.Array = -1.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Pays for the perturbed gradient where the gradient is unusually large.
 

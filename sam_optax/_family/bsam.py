@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _axes, _checks, _numerics
-from sam_optax._hyperparameters import count_for, scheduled
 from sam_optax._gradients import gradient_functions
+from sam_optax._hyperparameters import count_for, scheduled
 from sam_optax._types import GradFn
 
 

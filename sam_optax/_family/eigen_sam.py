@@ -81,6 +81,7 @@ def toward_eigenvector(
         **extra_args: Any,
     ) -> tuple[optax.Updates, TowardEigenvectorState]:
         del extra_args
+
         def refreshed(vector: optax.Updates) -> optax.Updates:
             weights, replaced = _numerics.perturbable_part(params)
             start, completed = _numerics.perturbable_part(vector)

@@ -11,7 +11,7 @@ from sam_optax._types import Mask, Normalization
 
 def gradient_norm_penalty(
     rho: optax.ScalarOrSchedule = 0.1,
-    alpha: jax.typing.ArrayLike = 0.8,
+    alpha: optax.ScalarOrSchedule = 0.8,
     *,
     p: jax.typing.ArrayLike | None = None,
     normalization: Normalization | None = None,

@@ -1,5 +1,7 @@
 """GSAM (Zhuang et al., 2022): the surrogate gap."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -45,7 +47,7 @@ def surrogate_gap(alpha: jax.typing.ArrayLike = 0.4) -> optax.GradientTransforma
     """
     _checks.at_least("alpha", alpha, 0.0)
 
-    def combine(perturbed: optax.Updates, *, clean: optax.Updates, **_: Any) -> optax.Updates:
+    def combine(perturbed: optax.Updates, *, clean: optax.Updates, **rest: Any) -> optax.Updates:
         _, u = _numerics.norm_and_unit(perturbed)
         gap = _numerics.orthogonal_part(clean, u)
         return _numerics.map_wide(lambda g_s, part: g_s - alpha * part, perturbed, gap)

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sam_optax import _axes, _checks, _functional
+from sam_optax import _axes, _checks, _doors
 from sam_optax._family import _per_example
 from sam_optax._family.sam import sam
+from sam_optax._groups import Groups
 
 
 def k_sam(
@@ -79,10 +80,11 @@ def k_sam(
         losses, aux = evaluate(varying, batch, kwargs)
         chosen = _per_example.largest(losses, k, batch)
 
-        def chosen_loss(params: Any) -> jax.Array:
-            return jnp.mean(evaluate(params, chosen, kwargs)[0])
+        def chosen_loss(params: Any, *_: Any) -> tuple[Any, Any, Any]:
+            return jnp.mean(evaluate(params, chosen, kwargs)[0]), None, None
 
-        grads = _functional.grad(chosen_loss, method)(varying)
+        sharp = _doors.value_and_grad(chosen_loss, method, Groups())
+        _, grads = sharp(varying, None, batch, kwargs)
         return _per_example.result(losses, aux, grads, has_aux, axis_name)
 
     return value_and_grad

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_optax import _cadence, _checks, _numerics
+from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
+from sam_optax._cadence import every
 from sam_optax._sharpness_aware import sharpness_aware
 from sam_optax._types import Mask, Normalization, transformation
 
@@ -56,6 +57,7 @@ def keep_orthogonal() -> optax.GradientTransformationExtraArgs:
         # Where g_s is parallel to g the rest is rounding, which its norm would blow up.
         length, direction = _numerics.norm_and_unit(part)
         whole, _ = _numerics.norm_and_unit(updates)
+        rounding = [jnp.finfo(x.dtype).eps for x in _numerics.perturbable_part(state)[0]]
         noise = 10 * max(rounding, default=0.0) * whole
         new = _numerics.map_wide(lambda kept, d: jnp.where(length > noise, d, 0), state, direction)
         return updates, _numerics.keep_if_nonfinite(updates, new, state)
@@ -80,8 +82,8 @@ def reuse_orthogonal(alpha: jax.typing.ArrayLike = 0.7) -> optax.GradientTransfo
 
     Example:
       >>> import jax.numpy as jnp, sam_optax
-      >>> reuse, g, v = sam_optax.reuse_orthogonal(0.5), jnp.array([2.0, 0.0]), jnp.array([0.0, 1.0])
-      >>> print(reuse.update(g, v)[0])
+      >>> g, v = jnp.array([2.0, 0.0]), jnp.array([0.0, 1.0])
+      >>> print(sam_optax.reuse_orthogonal(0.5).update(g, v)[0])
       [2. 1.]
 
     References:
@@ -157,5 +159,5 @@ def look_sam(
       state.
     """
     ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
-    rules = {"descent": keep_orthogonal(), "otherwise": reuse_orthogonal(alpha)}
-    return sharpness_aware(ascent, when=_cadence.every(k), **rules)
+    otherwise = reuse_orthogonal(alpha)
+    return sharpness_aware(ascent, keep_orthogonal(), when=every(k), otherwise=otherwise)

@@ -84,7 +84,9 @@ def multi_step(
 
 
 def multi_step_sam(
-    rho: optax.ScalarOrSchedule = 0.05, steps: int = 2, step_size: optax.ScalarOrSchedule | None = None
+    rho: optax.ScalarOrSchedule = 0.05,
+    steps: int = 2,
+    step_size: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SAM with several ascent steps inside the ball.
 
@@ -125,6 +127,8 @@ def multi_step_sam(
       steps + 1 gradient evaluations and one copy of the parameters.
     """
     _checks.at_least("rho", rho, 0.0)
+    if step_size is not None:
+        _checks.at_least("step_size", step_size, 0.0)
     length = _shared(rho, steps) if step_size is None else step_size
     return sharpness_aware(multi_step(dual_ascent(length), steps, rho))
 

@@ -88,7 +88,9 @@ def gaussian_ascent(
     return transformation(init, update)
 
 
-def draws(method: optax.GradientTransformation, count: int) -> optax.GradientTransformationExtraArgs:
+def draws(
+    method: optax.GradientTransformation, count: int
+) -> optax.GradientTransformationExtraArgs:
     r"""The mean of several random draws of a method, as one step of it.
 
     Smooths what a random ascent gives: each draw starts from the same memory

@@ -55,5 +55,5 @@ def normalization_mask(params: optax.Params) -> Any:
     return jax.tree.unflatten(treedef, mask)
 
 
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path) or "the root"
+def _name(entry: Any) -> str:
+    return str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))

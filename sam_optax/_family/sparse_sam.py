@@ -65,6 +65,7 @@ def largest_entries(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, LargestEntriesState]:
         del params, extra_args
+
         def refreshed() -> Any:
             sizes = jax.tree.map(
                 lambda e: jnp.abs(_numerics.widened(e)) if _numerics.is_perturbable(e) else None,
@@ -90,7 +91,6 @@ def largest_entries(
             lambda e, m: jnp.where((m > 0) | jnp.isnan(e), e, 0), updates, mask
         )
         return sparse, LargestEntriesState(optax.safe_increment(state.count), mask)
-
 
     return transformation(init, update)
 

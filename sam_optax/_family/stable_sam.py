@@ -41,7 +41,7 @@ def renormalise() -> optax.GradientTransformationExtraArgs:
       No gradient evaluation of its own.
     """
 
-    def combine(perturbed: optax.Updates, *, clean: optax.Updates, **_: Any) -> optax.Updates:
+    def combine(perturbed: optax.Updates, *, clean: optax.Updates, **rest: Any) -> optax.Updates:
         length, _ = _numerics.norm_and_unit(clean)
         _, direction = _numerics.norm_and_unit(perturbed)
         return _numerics.map_wide(lambda g_s, u: length * u, perturbed, direction)

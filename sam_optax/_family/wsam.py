@@ -25,7 +25,7 @@ class DecoupledWSAMState(NamedTuple):
 
 def wsam(
     rho: optax.ScalarOrSchedule = 0.05,
-    gamma: jax.typing.ArrayLike = 0.9,
+    gamma: float | jax.Array = 0.9,
     *,
     p: jax.typing.ArrayLike | None = None,
     normalization: Normalization | None = None,

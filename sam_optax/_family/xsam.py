@@ -121,7 +121,7 @@ def xsam_alpha(
     value_fn: Callable[[optax.Params], jax.Array],
     params: optax.Params,
     *,
-    rho: jax.typing.ArrayLike = 0.15,
+    rho: float | jax.Array = 0.15,
     rho_max: jax.typing.ArrayLike = 0.3,
     candidates: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:

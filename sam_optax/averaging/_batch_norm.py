@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_optax import _streams
+from sam_optax._measures import streams
 
 _HUGE = 2.0**126  # in float32, and no batch statistic is seen beside it in float64
 
@@ -126,10 +126,10 @@ def measured(
         return jax.tree.leaves(run(rest, jax.tree.unflatten(treedef, stats), batch))
 
     zeros = [jnp.zeros_like(x) for x in wide]
-    batches = data if isinstance(data, Iterator) else _streams.batches(data)
+    batches = data if isinstance(data, Iterator) else streams.batches(data)
     shares: list[np.ndarray] = []
     total: Any = len(batches) if isinstance(batches, Sized) else None  # None: unknown
-    with _streams.bar(progress, total, "batch statistics") as tick:
+    with streams.bar(progress, total, "batch statistics") as tick:
 
         def evaluate(batch: Any) -> list[jax.Array]:
             if not shares:
@@ -147,7 +147,7 @@ def measured(
             tick()
             return run_from(rest, zeros, batch)
 
-        means, _ = _streams.mean(batches, evaluate)
+        means, _ = streams.mean(batches, evaluate)
     new = [
         jnp.where(share > 0, mean / np.where(share > 0, share, 1), old).astype(leaf.dtype)
         for mean, share, old, leaf in zip(means, shares, wide, leaves, strict=True)

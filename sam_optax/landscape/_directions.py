@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sam_optax import _chart, _numerics
+from sam_optax import _numerics
+from sam_optax._measures import chart
 
 FilterAxes: TypeAlias = Callable[[Any, jax.Array], tuple[int, ...] | None]
 
@@ -57,16 +58,16 @@ def flax_filters(path: Any, leaf: jax.Array) -> tuple[int, ...] | None:
 
 def unit_direction(key: jax.Array, params: optax.Params, mask: Any) -> optax.Params:
     """Uniform on the unit sphere over the chosen leaves; zero elsewhere."""
-    place = _chart.chart(params, mask=mask, real=True)
-    draw = _chart.random(key, place, jax.random.normal)
-    norm = jnp.sqrt(_chart.dot(draw, draw))
+    place = chart.chart(params, mask=mask, real=True)
+    draw = chart.random(key, place, jax.random.normal)
+    norm = jnp.sqrt(chart.dot(draw, draw))
     return _as_tree(place, [part / norm for part in draw])
 
 
 def filter_direction(key: jax.Array, params: optax.Params, filter_axes: FilterAxes) -> optax.Params:
     """Gaussian, each filter scaled to the norm of the parameters' own."""
-    place = _chart.chart(params, real=True)
-    draw = _chart.random(key, place, jax.random.normal)
+    place = chart.chart(params, real=True)
+    draw = chart.random(key, place, jax.random.normal)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     parts = []
     for part, i in zip(draw, place.chosen, strict=True):
@@ -91,7 +92,7 @@ def require_alike(name: str, solutions: Sequence[optax.Params]) -> None:
         return [(jax.tree_util.keystr(path), np.shape(leaf)) for path, leaf in flat]
 
     for tree in solutions:
-        _chart.chart(tree)
+        chart.chart(tree)
         first, own = layout(solutions[0]), layout(tree)
         if first != own:
             missing = ("no further leaf", ())
@@ -121,7 +122,7 @@ def difference(a: optax.Params, b: optax.Params) -> optax.Params:
 
 def dot(a: optax.Params, b: optax.Params) -> float:
     """Inner product of two directions."""
-    return float(_chart.dot(jax.tree.leaves(a), jax.tree.leaves(b)))
+    return float(chart.dot(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
 def scaled(direction: optax.Params, factor: float) -> optax.Params:
@@ -135,7 +136,7 @@ def cosine(a: optax.Params, b: optax.Params) -> float:
     return dot(a, b) / lengths if lengths else 0.0
 
 
-def _as_tree(place: _chart.Chart, parts: list[jax.Array]) -> optax.Params:
+def _as_tree(place: chart.Chart, parts: list[jax.Array]) -> optax.Params:
     """Parts in the structure of the parameters, but in their own wider dtype."""
     leaves, treedef = jax.tree.flatten(place.params)
     result: list[Any] = [jnp.zeros((), jnp.float32) for _ in leaves]

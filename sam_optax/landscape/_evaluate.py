@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_optax import _chart, _checks, _numerics, _streams
+from sam_optax import _checks, _numerics
+from sam_optax._measures import chart, streams
 
 BatchNorm: TypeAlias = Literal["frozen", "interpolated", "recomputed"]
 Recompute: TypeAlias = Callable[[Any, Any], Any]
@@ -54,8 +55,8 @@ def losses(
     def loss(i: int, batch: Any) -> jax.Array:
         return _loss(loss_fn, corners, rows[i], own[i], batch)
 
-    with _streams.bar(progress, len(rows), label) as tick:
-        return _streams.means(_streams.batches(data), len(rows), loss, tick)
+    with streams.bar(progress, len(rows), label) as tick:
+        return streams.means(streams.batches(data), len(rows), loss, tick)
 
 
 def coordinates(name: str, values: Any) -> np.ndarray:
@@ -136,4 +137,4 @@ _mixed = jax.jit(mix)
 def _loss(loss_fn: Any, corners: Any, weights: Any, statistics: Any, batch: Any) -> jax.Array:
     params = mix(corners, weights)
     own = () if statistics is None else (statistics,)
-    return _chart.scalar_loss(loss_fn, params, *own, batch)
+    return chart.scalar_loss(loss_fn, params, *own, batch)

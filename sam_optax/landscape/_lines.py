@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import optax
 
-from sam_optax import _ascent, _checks, _numerics, _streams
+from sam_optax import _checks, _numerics
+from sam_optax._measures import estimates, streams
+from sam_optax._types import Mask
 from sam_optax.landscape import _directions, _evaluate
 from sam_optax.landscape._results import Interpolation, Rays
-from sam_optax.sharpness._worst_case import seed_of
 
 
 def rays(
@@ -21,7 +22,7 @@ def rays(
     key: int | jax.Array,
     distances: Any,
     directions: int = 10,
-    mask: _ascent.Mask | None = None,
+    mask: Mask | None = None,
     statistics: Any = None,
     batch_norm: _evaluate.BatchNorm = "frozen",
     recompute: _evaluate.Recompute | None = None,
@@ -84,7 +85,7 @@ def rays(
     t = _evaluate.coordinates("distances", distances)
     weights = np.stack([np.ones_like(t), t], axis=1)
     values, examples = [], 0
-    data = _streams.batches(data)
+    data = streams.batches(data)
     for i in range(directions):
         direction = _directions.unit_direction(jax.random.fold_in(key, i), params, mask)
         row, examples = _evaluate.losses(
@@ -100,7 +101,7 @@ def rays(
             label=f"ray {i + 1} of {directions}",
         )
         values.append(row)
-    return Rays(t, np.stack(values), batch_norm, examples, seed_of(key))
+    return Rays(t, np.stack(values), batch_norm, examples, estimates.seed_of(key))
 
 
 def interpolate(

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 
 from sam_optax import _numerics
+from sam_optax._measures import estimates
 from sam_optax.landscape import _directions, _evaluate
 from sam_optax.landscape._results import Plane
-from sam_optax.sharpness._worst_case import seed_of
 
 
 def random_plane(
@@ -110,7 +110,7 @@ def random_plane(
         kind="random",
         batch_norm=batch_norm,
         examples=examples,
-        seed=seed_of(key),
+        seed=estimates.seed_of(key),
     )
 
 

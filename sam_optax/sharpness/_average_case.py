@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import optax
 
-from sam_optax import _ascent, _chart, _checks, _numerics, _streams
-from sam_optax._types import Normalization
-from sam_optax.sharpness._worst_case import mean_and_error, seed_of
+from sam_optax import _checks, _numerics
+from sam_optax._measures import chart, estimates, streams
+from sam_optax._types import Mask, Normalization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class AverageCase:
 
 
 def average_case(
-    loss_fn: _chart.LossFn,
+    loss_fn: chart.LossFn,
     params: optax.Params,
     data: Any,
     *,
@@ -44,7 +44,7 @@ def average_case(
     rho: float = 0.05,
     samples: int = 100,
     normalization: Normalization | None = None,
-    mask: _ascent.Mask | None = None,
+    mask: Mask | None = None,
     progress: bool = False,
 ) -> AverageCase:
     r"""Mean rise of the loss under Gaussian noise on the parameters.
@@ -96,26 +96,28 @@ def average_case(
     key = _numerics.as_key(key)
     _checks.at_least("rho", rho, 0.0)
     _checks.integer_at_least("samples", samples, 1)
-    place = _chart.chart(params, normalization, mask)
+    place = chart.chart(params, normalization, mask)
     origin = place.zeros()
 
     def loss(i: int, batch: Any) -> jax.Array:
         if i == 0:
-            return _chart.loss(loss_fn, place, origin, batch)
+            return chart.loss(loss_fn, place, origin, batch)
         return _pair(loss_fn, place, key, i, rho, batch)
 
-    with _streams.bar(progress, samples + 1, "average case") as tick:
-        losses, examples = _streams.means(_streams.batches(data), samples + 1, loss, tick)
-    value, error = mean_and_error(losses[1:] - losses[0])
-    return AverageCase(value, error, float(losses[0]), rho, samples, examples, seed_of(key))
+    with streams.bar(progress, samples + 1, "average case") as tick:
+        losses, examples = streams.means(streams.batches(data), samples + 1, loss, tick)
+    value, error = estimates.mean_and_error(losses[1:] - losses[0])
+    return AverageCase(
+        value, error, float(losses[0]), rho, samples, examples, estimates.seed_of(key)
+    )
 
 
 @functools.partial(jax.jit, static_argnames="loss_fn")
 def _pair(
-    loss_fn: _chart.LossFn, place: _chart.Chart, key: jax.Array, i: int, rho: float, batch: Any
+    loss_fn: chart.LossFn, place: chart.Chart, key: jax.Array, i: int, rho: float, batch: Any
 ) -> jax.Array:
     """Mean loss at +d and -d."""
-    noise = _chart.random(jax.random.fold_in(key, i), place, jax.random.normal)
-    plus = _chart.scalar_loss(loss_fn, place.at([rho * a for a in noise]), batch)
-    minus = _chart.scalar_loss(loss_fn, place.at([-rho * a for a in noise]), batch)
+    noise = chart.random(jax.random.fold_in(key, i), place, jax.random.normal)
+    plus = chart.scalar_loss(loss_fn, place.at([rho * a for a in noise]), batch)
+    minus = chart.scalar_loss(loss_fn, place.at([-rho * a for a in noise]), batch)
     return (plus + minus) / 2

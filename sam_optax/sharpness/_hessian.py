@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import optax
 
-from sam_optax import _ascent, _chart, _checks, _numerics, _streams
-from sam_optax._types import Normalization
+from sam_optax import _checks, _numerics
+from sam_optax._measures import chart, estimates, streams
+from sam_optax._types import Mask, Normalization
 from sam_optax.sharpness import _lanczos
-from sam_optax.sharpness._worst_case import mean_and_error, seed_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Density:
 
 
 def hessian_eigenvalues(
-    loss_fn: _chart.LossFn,
+    loss_fn: chart.LossFn,
     params: optax.Params,
     data: Any,
     *,
@@ -108,7 +108,7 @@ def hessian_eigenvalues(
     count: int = 5,
     steps: int = 50,
     normalization: Normalization | None = None,
-    mask: _ascent.Mask | None = None,
+    mask: Mask | None = None,
     tolerance: float = 1e-5,
     progress: bool = False,
 ) -> Eigenvalues:
@@ -165,10 +165,10 @@ def hessian_eigenvalues(
     _checks.integer_at_least("count", count, 1)
     _checks.integer_at_least("steps", steps, 1)
     _checks.at_least("tolerance", tolerance, 0.0)
-    place = _chart.chart(params, normalization, mask, real=True)
+    place = chart.chart(params, normalization, mask, real=True)
     product = _Product(loss_fn, place, data)
-    start = _chart.random(key, place, jax.random.normal)
-    with _streams.bar(progress, steps, "Lanczos") as tick:
+    start = chart.random(key, place, jax.random.normal)
+    with streams.bar(progress, steps, "Lanczos") as tick:
         found = _lanczos.lanczos(product, start, steps, tolerance, tick)
     values, _, residuals = found.ritz()
     return Eigenvalues(
@@ -179,19 +179,19 @@ def hessian_eigenvalues(
         steps=len(values),
         broke_down=found.broke_down,
         examples=product.examples,
-        seed=seed_of(key),
+        seed=estimates.seed_of(key),
     )
 
 
 def hessian_trace(
-    loss_fn: _chart.LossFn,
+    loss_fn: chart.LossFn,
     params: optax.Params,
     data: Any,
     *,
     key: int | jax.Array,
     probes: int = 100,
     normalization: Normalization | None = None,
-    mask: _ascent.Mask | None = None,
+    mask: Mask | None = None,
     progress: bool = False,
 ) -> Trace:
     r"""Trace of the Hessian, by Hutchinson's estimator.
@@ -237,18 +237,18 @@ def hessian_trace(
     """
     key = _numerics.as_key(key)
     _checks.integer_at_least("probes", probes, 1)
-    place = _chart.chart(params, normalization, mask, real=True)
+    place = chart.chart(params, normalization, mask, real=True)
 
     def probe(i: int, batch: Any) -> jax.Array:
         return _probe(loss_fn, place, key, i, batch)
 
-    with _streams.bar(progress, probes, "trace") as tick:
-        values, examples = _streams.means(_streams.batches(data), probes, probe, tick)
-    return Trace(*mean_and_error(values), values, examples, seed_of(key))
+    with streams.bar(progress, probes, "trace") as tick:
+        values, examples = streams.means(streams.batches(data), probes, probe, tick)
+    return Trace(*estimates.mean_and_error(values), values, examples, estimates.seed_of(key))
 
 
 def spectral_density(
-    loss_fn: _chart.LossFn,
+    loss_fn: chart.LossFn,
     params: optax.Params,
     data: Any,
     *,
@@ -257,7 +257,7 @@ def spectral_density(
     probes: int = 10,
     sigma: float | None = None,
     normalization: Normalization | None = None,
-    mask: _ascent.Mask | None = None,
+    mask: Mask | None = None,
     tolerance: float = 1e-5,
     progress: bool = False,
 ) -> Density:
@@ -312,12 +312,12 @@ def spectral_density(
     _checks.at_least("tolerance", tolerance, 0.0)
     if sigma is not None and not sigma > 0:
         raise ValueError(f"sigma must be above 0, got {sigma}")
-    place = _chart.chart(params, normalization, mask, real=True)
+    place = chart.chart(params, normalization, mask, real=True)
     product = _Product(loss_fn, place, data)
     nodes, weights = [], []
-    with _streams.bar(progress, probes * steps, "spectral density") as tick:
+    with streams.bar(progress, probes * steps, "spectral density") as tick:
         for i in range(probes):
-            start = _chart.random(jax.random.fold_in(key, i), place, jax.random.rademacher)
+            start = chart.random(jax.random.fold_in(key, i), place, jax.random.rademacher)
             found = _lanczos.lanczos(product, start, steps, tolerance, tick)
             values, parts, _ = found.ritz()
             nodes.append(values)
@@ -328,27 +328,27 @@ def spectral_density(
     if sigma is None:
         # One node alone has no range; any narrow width will do for it.
         sigma = float(rows.max() - rows.min()) / steps or 1e-3 * max(1.0, float(abs(rows).max()))
-    return Density(rows, parts, sigma, place.size, product.examples, seed_of(key))
+    return Density(rows, parts, sigma, place.size, product.examples, estimates.seed_of(key))
 
 
 @functools.partial(jax.jit, static_argnames="loss_fn")
 def _probe(
-    loss_fn: _chart.LossFn, place: _chart.Chart, key: jax.Array, i: int, batch: Any
+    loss_fn: chart.LossFn, place: chart.Chart, key: jax.Array, i: int, batch: Any
 ) -> jax.Array:
-    vector = _chart.random(jax.random.fold_in(key, i), place, jax.random.rademacher)
-    return _chart.curvature(loss_fn, place, vector, batch)
+    vector = chart.random(jax.random.fold_in(key, i), place, jax.random.rademacher)
+    return chart.curvature(loss_fn, place, vector, batch)
 
 
 class _Product:
     """The Hessian of the loss over a data set, as a function from vectors to vectors."""
 
-    def __init__(self, loss_fn: _chart.LossFn, place: _chart.Chart, data: Any) -> None:
-        self._loss_fn, self._place, self._data = loss_fn, place, _streams.batches(data)
+    def __init__(self, loss_fn: chart.LossFn, place: chart.Chart, data: Any) -> None:
+        self._loss_fn, self._place, self._data = loss_fn, place, streams.batches(data)
         self.examples = 0
 
-    def __call__(self, vector: _chart.Vector) -> _chart.Vector:
-        result, self.examples = _streams.mean(
+    def __call__(self, vector: chart.Vector) -> chart.Vector:
+        result, self.examples = streams.mean(
             self._data,
-            lambda batch: _chart.hessian_product(self._loss_fn, self._place, vector, batch),
+            lambda batch: chart.hessian_product(self._loss_fn, self._place, vector, batch),
         )
         return result

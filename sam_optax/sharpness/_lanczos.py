@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_optax import _chart
+from sam_optax._measures import chart
 
 _ROWS = 8
 
@@ -45,8 +45,8 @@ class Tridiagonal(NamedTuple):
 
 
 def lanczos(
-    product: Callable[[_chart.Vector], _chart.Vector],
-    start: _chart.Vector,
+    product: Callable[[chart.Vector], chart.Vector],
+    start: chart.Vector,
     steps: int,
     tolerance: float,
     tick: Callable[[], object],
@@ -58,7 +58,7 @@ def lanczos(
     count as entries too, for a matrix may have a diagonal of zeros.
     """
     steps = min(steps, sum(part.size for part in start))
-    blocks: list[_chart.Vector] = []
+    blocks: list[chart.Vector] = []
     diagonal, off_diagonal = [], []
     vector, beta = _normalised(start)
     beta, largest = float(beta), 0.0
@@ -91,23 +91,23 @@ def lanczos(
 
 
 @jax.jit
-def _normalised(vector: _chart.Vector) -> tuple[_chart.Vector, jax.Array]:
-    norm = jnp.sqrt(_chart.dot(vector, vector))
+def _normalised(vector: chart.Vector) -> tuple[chart.Vector, jax.Array]:
+    norm = jnp.sqrt(chart.dot(vector, vector))
     return [part / jnp.where(norm == 0, 1, norm) for part in vector], norm
 
 
 @jax.jit
-def _empty_block(vector: _chart.Vector) -> _chart.Vector:
+def _empty_block(vector: chart.Vector) -> chart.Vector:
     return [jnp.zeros((_ROWS, part.size), part.dtype) for part in vector]
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _store(block: _chart.Vector, vector: _chart.Vector, row: int) -> _chart.Vector:
+def _store(block: chart.Vector, vector: chart.Vector, row: int) -> chart.Vector:
     return [rows.at[row].set(part.reshape(-1)) for rows, part in zip(block, vector, strict=True)]
 
 
 @jax.jit
-def _project_out(block: _chart.Vector, vector: _chart.Vector) -> tuple[_chart.Vector, jax.Array]:
+def _project_out(block: chart.Vector, vector: chart.Vector) -> tuple[chart.Vector, jax.Array]:
     """The vector without its components along the rows of a block; empty rows have none."""
     flat = [part.reshape(-1) for part in vector]
     components = sum(rows @ part for rows, part in zip(block, flat, strict=True))

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import optax
 
-from sam_optax import _ascent, _chart, _checks, _numerics, _streams
-from sam_optax._types import Normalization
+from sam_optax import _checks, _numerics
+from sam_optax._measures import chart, estimates, streams
+from sam_optax._types import Mask, Normalization
 from sam_optax.sharpness import _worst_case as worst
 
 
@@ -38,7 +39,7 @@ class MSharpness:
 
 
 def m_sharpness(
-    loss_fn: _chart.LossFn,
+    loss_fn: chart.LossFn,
     params: optax.Params,
     data: Any,
     *,
@@ -47,7 +48,7 @@ def m_sharpness(
     rho: float = 0.05,
     p: float = 2.0,
     normalization: Normalization | None = None,
-    mask: _ascent.Mask | None = None,
+    mask: Mask | None = None,
     steps: int = 1,
     step_size: float | None = None,
     restarts: int = 0,
@@ -112,10 +113,10 @@ def m_sharpness(
         _checks.at_least("p", p, 1.0)
     else:
         worst.check_ascent(rho, p, steps, step_size, restarts, key)
-    place = _chart.chart(params, normalization, mask)
+    place = chart.chart(params, normalization, mask)
     rises, left_out = [], 0
-    with _streams.bar(progress, 0, "m-sharpness") as tick:
-        for i, (group, count) in enumerate(_streams.groups(_streams.batches(data), m)):
+    with streams.bar(progress, 0, "m-sharpness") as tick:
+        for i, (group, count) in enumerate(streams.groups(streams.batches(data), m)):
             if count < m:
                 left_out = count
             elif simple:
@@ -130,5 +131,5 @@ def m_sharpness(
             tick()
     if not rises:
         raise ValueError(f"m must be at most the number of examples, {left_out}, got {m}")
-    value, error = worst.mean_and_error(np.asarray(jax.device_get(rises), np.float64))
+    value, error = estimates.mean_and_error(np.asarray(jax.device_get(rises), np.float64))
     return MSharpness(value, error, m, len(rises), left_out, rho, p, steps)

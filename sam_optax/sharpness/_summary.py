@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import optax
 
-from sam_optax import _chart, _numerics
+from sam_optax import _numerics
+from sam_optax._measures import chart
 from sam_optax._types import Normalization
 from sam_optax.sharpness._hessian import Eigenvalues, Trace, hessian_eigenvalues, hessian_trace
 from sam_optax.sharpness._worst_case import WorstCase, one_step, worst_case
@@ -51,7 +52,7 @@ class Summary:
 
 
 def summary(
-    loss_fn: _chart.LossFn,
+    loss_fn: chart.LossFn,
     params: optax.Params,
     data: Any,
     *,

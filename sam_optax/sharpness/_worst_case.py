@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from sam_optax import _ascent, _chart, _checks, _numerics, _streams
-from sam_optax._types import Normalization
+from sam_optax import _ascent, _checks, _numerics
+from sam_optax._measures import chart, estimates, streams
+from sam_optax._types import Mask, Normalization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +43,14 @@ class WorstCase:
 
 
 def one_step(
-    loss_fn: _chart.LossFn,
+    loss_fn: chart.LossFn,
     params: optax.Params,
     data: Any,
     *,
     rho: float = 0.05,
     p: float = 2.0,
     normalization: Normalization | None = None,
-    mask: _ascent.Mask | None = None,
+    mask: Mask | None = None,
 ) -> WorstCase:
     r"""Rise of the loss at the perturbation of SAM.
 
@@ -97,15 +97,15 @@ def one_step(
     """
     _checks.at_least("rho", rho, 0.0)
     _checks.at_least("p", p, 1.0)
-    place = _chart.chart(params, normalization, mask)
-    rise, clean, u, examples = rise_at_one_step(loss_fn, place, _streams.batches(data), rho, p)
+    place = chart.chart(params, normalization, mask)
+    rise, clean, u, examples = rise_at_one_step(loss_fn, place, streams.batches(data), rho, p)
     return WorstCase(
-        float(rise), float(clean), _chart.perturbation(place, u), rho, p, 1, 0, examples, seed=()
+        float(rise), float(clean), chart.perturbation(place, u), rho, p, 1, 0, examples, seed=()
     )
 
 
 def worst_case(
-    loss_fn: _chart.LossFn,
+    loss_fn: chart.LossFn,
     params: optax.Params,
     data: Any,
     *,
@@ -113,7 +113,7 @@ def worst_case(
     rho: float = 0.05,
     p: float = 2.0,
     normalization: Normalization | None = None,
-    mask: _ascent.Mask | None = None,
+    mask: Mask | None = None,
     steps: int = 20,
     step_size: float | None = None,
     restarts: int = 1,
@@ -173,17 +173,17 @@ def worst_case(
     """
     key = None if key is None else _numerics.as_key(key)
     check_ascent(rho, p, steps, step_size, restarts, key)
-    place = _chart.chart(params, normalization, mask)
+    place = chart.chart(params, normalization, mask)
     total = (restarts + 1) * steps
-    with _streams.bar(progress, total, "worst case") as tick:
+    with streams.bar(progress, total, "worst case") as tick:
         rise, clean, u, examples = best_of_ascents(
-            loss_fn, place, _streams.batches(data), rho, p, steps, step_size, restarts, key, tick
+            loss_fn, place, streams.batches(data), rho, p, steps, step_size, restarts, key, tick
         )
-    seed = () if key is None else seed_of(key)
+    seed = () if key is None else estimates.seed_of(key)
     return WorstCase(
         float(rise),
         float(clean),
-        _chart.perturbation(place, u),
+        chart.perturbation(place, u),
         rho,
         p,
         steps,
@@ -193,35 +193,22 @@ def worst_case(
     )
 
 
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean and its standard error, NaN where one value gives none."""
-    if len(values) == 1:
-        return float(values[0]), math.nan
-    with np.errstate(invalid="ignore"):  # infinite values pass through without a warning
-        return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
-
-
-def seed_of(key: jax.Array) -> tuple[int, ...]:
-    """What a result keeps of its random key."""
-    return tuple(int(word) for word in np.ravel(jax.random.key_data(key)))
-
-
 def rise_at_one_step(
-    loss_fn: _chart.LossFn, place: _chart.Chart, data: Iterable[Any], rho: float, p: float
-) -> tuple[Any, Any, _chart.Vector, int]:
+    loss_fn: chart.LossFn, place: chart.Chart, data: Iterable[Any], rho: float, p: float
+) -> tuple[Any, Any, chart.Vector, int]:
     """The rise, the clean loss, u and the number of examples."""
     origin = place.zeros()
-    (clean, gradient), examples = _streams.mean(
-        data, lambda batch: _chart.loss_and_gradient(loss_fn, place, origin, batch)
+    (clean, gradient), examples = streams.mean(
+        data, lambda batch: chart.loss_and_gradient(loss_fn, place, origin, batch)
     )
     u = _climb(origin, gradient, rho, p)
-    loss, _ = _streams.mean(data, lambda batch: _chart.loss(loss_fn, place, u, batch))
+    loss, _ = streams.mean(data, lambda batch: chart.loss(loss_fn, place, u, batch))
     return loss - clean, clean, u, examples
 
 
 def best_of_ascents(
-    loss_fn: _chart.LossFn,
-    place: _chart.Chart,
+    loss_fn: chart.LossFn,
+    place: chart.Chart,
     data: Iterable[Any],
     rho: float,
     p: float,
@@ -230,7 +217,7 @@ def best_of_ascents(
     restarts: int,
     key: Any,
     tick: Any,
-) -> tuple[Any, Any, _chart.Vector, int]:
+) -> tuple[Any, Any, chart.Vector, int]:
     """The same as `rise_at_one_step`, of the best iterate."""
     step_size = rho if step_size is None else step_size
     clean = best = u_best = None
@@ -240,22 +227,22 @@ def best_of_ascents(
         if run > 0:
             u = _random_start(jax.random.fold_in(key, run), place, rho, p)
         for _ in range(steps):
-            (loss, gradient), examples = _streams.mean(
-                data, functools.partial(_chart.loss_and_gradient, loss_fn, place, u)
+            (loss, gradient), examples = streams.mean(
+                data, functools.partial(chart.loss_and_gradient, loss_fn, place, u)
             )
             if best is None:
                 clean, best, u_best = loss, loss, u
             best, u_best = _better(best, u_best, loss, u)
             u = _project(_climb(u, gradient, step_size, p), rho, p)
             tick()
-        loss, _ = _streams.mean(data, functools.partial(_chart.loss, loss_fn, place, u))
+        loss, _ = streams.mean(data, functools.partial(chart.loss, loss_fn, place, u))
         best, u_best = _better(best, u_best, loss, u)
     assert best is not None and clean is not None and u_best is not None
     return best - clean, clean, u_best, examples
 
 
 @functools.partial(jax.jit, static_argnames="p")
-def _climb(u: _chart.Vector, gradient: _chart.Vector, length: float, p: float) -> _chart.Vector:
+def _climb(u: chart.Vector, gradient: chart.Vector, length: float, p: float) -> chart.Vector:
     """u plus the dual step, in coordinates where the norm of e is that of u."""
     ascent = _ascent.dual_ascent(length, p=p)
     move, _ = ascent.update(gradient, ascent.init(u))
@@ -263,22 +250,17 @@ def _climb(u: _chart.Vector, gradient: _chart.Vector, length: float, p: float) -
 
 
 @functools.partial(jax.jit, static_argnames="p")
-def _project(u: _chart.Vector, rho: float, p: float) -> _chart.Vector:
-    """The nearest point of the ball of radius rho."""
-    if p == 2:
-        norm = jnp.sqrt(_chart.dot(u, u))
-        return [a * jnp.where(norm > rho, rho / norm, 1) for a in u]
-    # abs and division, not clip: it serves complex u as well.
-    return [a * jnp.where(jnp.abs(a) > rho, rho / jnp.abs(a), 1) for a in u]
+def _project(u: chart.Vector, rho: float, p: float) -> chart.Vector:
+    return _numerics.into_ball(u, rho, p)
 
 
 @functools.partial(jax.jit, static_argnames="p")
-def _random_start(key: jax.Array, place: _chart.Chart, rho: float, p: float) -> _chart.Vector:
+def _random_start(key: jax.Array, place: chart.Chart, rho: float, p: float) -> chart.Vector:
     if p == 2:
-        u = _chart.random(key, place, jax.random.normal)
-        norm = jnp.sqrt(_chart.dot(u, u))
+        u = chart.random(key, place, jax.random.normal)
+        norm = jnp.sqrt(chart.dot(u, u))
         return [rho * a / norm for a in u]
-    return [(2 * a - 1) * rho for a in _chart.random(key, place, jax.random.uniform)]
+    return [(2 * a - 1) * rho for a in chart.random(key, place, jax.random.uniform)]
 
 
 @jax.jit

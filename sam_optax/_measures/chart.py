@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sam_optax import _ascent, _numerics
-from sam_optax._types import Normalization
+from sam_optax import _masks, _normalization, _numerics
+from sam_optax._types import Mask, Normalization
 
 LossFn: TypeAlias = Callable[[Any, Any], Any]
 Vector: TypeAlias = list[jax.Array]
@@ -73,7 +73,7 @@ class Chart:
 def chart(
     params: optax.Params,
     normalization: Normalization | None = None,
-    mask: _ascent.Mask | None = None,
+    mask: Mask | None = None,
     *,
     real: bool = False,
 ) -> Chart:
@@ -84,7 +84,7 @@ def chart(
     """
     _require_arrays(params)
     leaves, treedef = jax.tree.flatten(params)
-    chosen = _ascent._chosen(mask, treedef, leaves, params)
+    chosen = _masks.chosen(mask, treedef, leaves, params)
     _require_trained(params, chosen)
     index = tuple(i for i, use in enumerate(chosen) if use)
     if not index:
@@ -94,7 +94,7 @@ def chart(
             "params must be real for a measure of the Hessian (keep complex leaves out by mask), "
             f"got {[jnp.result_type(leaves[i]).name for i in index]}"
         )
-    scales = _ascent._scales(normalization, treedef, leaves, params)
+    scales = _normalization.scales(normalization, treedef, leaves, params)
     return Chart(params, [scales[i] for i in index], index)
 
 

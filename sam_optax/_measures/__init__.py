@@ -1,0 +1,1 @@
+"""What measures and landscapes share: coordinates of weight space, data sets, estimates."""

@@ -3,20 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import _paths  # noqa: F401
 import matplotlib.pyplot as plt
 import numpy as np
+from _report import BLACK, BLUE, COLORS, GREEN, GREY, MARKERS, ORANGE, SKY, STYLE
 from matplotlib import ticker
 
-# Okabe and Ito, told apart by the colour-blind.
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "0.45",
-)
 Rows = list[dict[str, Any]]
 
 
@@ -26,7 +18,6 @@ def bars(axis: Any, names: list[str], values: list[list[float]], colors: list[st
     error = np.abs(data[:, [0, 2]].T - data[:, 1])
     axis.barh(names, data[:, 1], xerr=error, color=colors, ecolor="0.2", height=0.65)
     axis.invert_yaxis()
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def ours(name: str) -> str:
@@ -80,7 +71,6 @@ def program(rows: Rows) -> Any:
             left += seconds
         axis.invert_yaxis()
         axis.set(title=model, xlabel="seconds")
-        axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
@@ -88,12 +78,11 @@ def program(rows: Rows) -> Any:
 def micro_batches(rows: Rows) -> Any:
     models = list(dict.fromkeys(row["model"] for row in rows))
     modes = list(dict.fromkeys(row["mode"] for row in rows))
-    colors = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY)
     figure, axes = plt.subplots(
         2, len(models), figsize=(1 + 3 * len(models), 5), layout="constrained", squeeze=False
     )
     for column, model in enumerate(models):
-        for mode, color, marker in zip(modes, colors, "os^vDPx", strict=False):
+        for mode, color, marker in zip(modes, COLORS, MARKERS, strict=False):
             chosen = [r for r in rows if r["model"] == model and r["mode"] == mode]
             groups = [row["groups"] for row in chosen]
             times, temp = axes[:, column]
@@ -112,7 +101,6 @@ def micro_batches(rows: Rows) -> Any:
             axis.set_xticks(
                 sorted({r["groups"] for r in rows}), sorted({r["groups"] for r in rows})
             )
-            axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("step time\nover plain SAM's")
     axes[1, 0].set_ylabel("temporary memory\nover plain SAM's")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
@@ -131,11 +119,11 @@ def growth(tables: dict[str, Rows]) -> Any:
     figure, axes = plt.subplots(
         1, len(panels), figsize=(3.2 * len(panels), 3.4), layout="constrained", squeeze=False
     )
-    colors = {"plain": GREY, "adamw": GREY, "floor": "black", "by hand": GREEN}
+    colors = {"plain": GREY, "adamw": GREY, "floor": BLACK, "by hand": GREEN}
     colors |= {"optax.contrib.sam, opaque": ORANGE, "sam, chain": SKY}
     for axis, (table, x, y, kind, label) in zip(axes[0], panels, strict=True):
         names = list(dict.fromkeys(row[kind] for row in tables[table]))
-        for name, marker in zip(names, "os^vD", strict=False):
+        for name, marker in zip(names, MARKERS, strict=False):
             rows = [row for row in tables[table] if row[kind] == name]
             values = [row[y][1] if isinstance(row[y], list) else row[y] for row in rows]
             color = colors.get(name, BLUE)
@@ -146,12 +134,12 @@ def growth(tables: dict[str, Rows]) -> Any:
             axis.xaxis.set_major_formatter("{x:g}")
         axis.set_ylim(0)
         axis.legend(frameon=False, fontsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def draw(tables: dict[str, Rows], folder: Path) -> list[Path]:
     """Writes the figures that the tables allow, and returns their paths."""
+    plt.rcParams.update(STYLE)
     drawers = (step_time, methods, program, micro_batches)
     figures = {f.__name__: f(tables[f.__name__]) for f in drawers if tables.get(f.__name__)}
     if any(tables.get(name) for name in ("parameters", "leaves", "microbatches", "devices")):

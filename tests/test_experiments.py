@@ -2,24 +2,25 @@
 
 import importlib
 import json
-import pathlib
 
 import jax
 import matplotlib
 import numpy as np
 import pytest
 import scipy.stats
+from scripts import EXAMPLES, ROOT, run_example
 
 pytestmark = pytest.mark.examples  # they test scripts, not the library
 
 matplotlib.use("Agg")
-FOLDER = pathlib.Path(__file__).parent.parent / "examples" / "experiments"
-SCRIPTS = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
+FOLDER = ROOT / "experiments"
+SCRIPTS = sorted({path.stem for path in FOLDER.glob("[!_]*.py")} - {"compare_methods"})
 
 
 @pytest.fixture(autouse=True)
 def siblings(monkeypatch):
-    """Scripts import their siblings by name, as when run by Python."""
+    """Scripts import their siblings and the examples by name, as when run by Python."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.syspath_prepend(str(FOLDER))
 
 
@@ -29,28 +30,33 @@ def harness():
 
 
 @pytest.fixture
+def report():
+    return importlib.import_module("_report")
+
+
+@pytest.fixture
 def study(harness, tmp_path):
     return lambda *argv: harness.Study("some.py", "Title.", ["--out", str(tmp_path), *argv])
 
 
-def test_welch_is_scipys(harness):
+def test_welch_is_scipys(report):
     rng = np.random.default_rng(0)
     for n, m in ((2, 2), (5, 9), (20, 3)):
         a, b = rng.normal(size=n), rng.normal(1, 3, size=m)
         expected = scipy.stats.ttest_ind(a, b, equal_var=False).pvalue
-        np.testing.assert_allclose(harness.welch(a, b), expected, rtol=1e-12)
+        np.testing.assert_allclose(report.welch(a, b), expected, rtol=1e-12)
 
 
-def test_welch_without_spread_is_silent(harness):
-    assert harness.welch([3.1] * 4, [3.1] * 4) == 1
-    assert harness.welch([3.1] * 4, [3.2] * 4) == 0
-    assert 0 < harness.welch([3.1] * 4, [3.0, 3.2, 3.3]) < 1
-    assert np.isnan(harness.welch([3.1], [3.0, 3.2]))
+def test_welch_without_spread_is_silent(report):
+    assert report.welch([3.1] * 4, [3.1] * 4) == 1
+    assert report.welch([3.1] * 4, [3.2] * 4) == 0
+    assert 0 < report.welch([3.1] * 4, [3.0, 3.2, 3.3]) < 1
+    assert np.isnan(report.welch([3.1], [3.0, 3.2]))
 
 
-def test_spread(harness):
-    assert harness.spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
-    assert harness.spread([1.0], 1) == "1.0 ± ?"
+def test_spread(report):
+    assert report.spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
+    assert report.spread([1.0], 1) == "1.0 ± ?"
 
 
 def test_an_interrupted_study_does_only_what_is_missing(study, tmp_path):
@@ -184,6 +190,10 @@ def test_experiments_run_with_small_settings(name, tmp_path, capsys):
     records = [json.loads(path.read_text()) for path in tmp_path.glob("*_quick.json")]
     claims = [claim for record in records if "runs" in record for claim in record["claims"]]
     assert claims and all(claim["verdict"] and claim["measured"] for claim in claims)
+
+
+def test_compare_methods_runs_with_small_settings(tmp_path):
+    run_example(FOLDER / "compare_methods.py", tmp_path)
 
 
 def test_claims_are_collected_in_one_table(tmp_path, capsys):

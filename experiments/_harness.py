@@ -14,32 +14,26 @@ larger grid than the baseline.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _paths  # noqa: F401
 import _splits
-import jax
 import matplotlib.figure
 import matplotlib.pyplot as plt
 import numpy as np
-import scipy.stats
 import tqdm
 from _networks import LANES, Networks, Recipe, evaluate, fit
-
-import sam_optax
+from _report import circumstances, spread, welch
 
 TUNING_SEED = 1000  # first of the seeds that choose settings; those of the test figures begin at 0
 SIGNIFICANT = 0.05  # p below it: told apart. Not corrected for the number of comparisons
-PACKAGES = ("jax", "optax", "flax", "numpy", "scipy", "scikit-learn", "mlxtend")
 
 Setting = dict[str, float]  # values of hyper-parameters
 Result = dict[str, Any]  # what is kept of a run: numbers and lists of numbers
@@ -48,25 +42,6 @@ Result = dict[str, Any]  # what is kept of a run: numbers and lists of numbers
 def grid(**values: Iterable[float]) -> list[Setting]:
     """All combinations of the values given."""
     return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
-
-
-def welch(a: Sequence[float], b: Sequence[float]) -> float:
-    """p of Welch's t-test, two-sided; NaN where a sample has fewer than two runs.
-
-    Without spread in both samples, which the test does not know, 1 for equal means and else 0.
-    """
-    if min(len(a), len(b)) < 2:
-        return float("nan")
-    moments = [(np.mean(s), 0.0 if np.ptp(s) == 0 else np.std(s, ddof=1), len(s)) for s in (a, b)]
-    if moments[0][1] == moments[1][1] == 0:
-        return float(moments[0][0] == moments[1][0])
-    return float(scipy.stats.ttest_ind_from_stats(*moments[0], *moments[1], equal_var=False).pvalue)
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and standard deviation over runs."""
-    std = f"{np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "?"
-    return f"{np.mean(values):.{digits}f} ± {std}"
 
 
 class Arm(NamedTuple):
@@ -143,8 +118,7 @@ class Study:
         self.seeds = 2 if self.quick else args.seeds
         self.tuning_seeds = 1 if self.quick else tuning_seeds
         self._begin, self._before = time.perf_counter(), 0.0
-        self.versions = {"python": platform.python_version(), "sam_optax": sam_optax.__version__}
-        self.versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
+        self.circumstances = circumstances()
         self._log = self.out / f"{self.name}{'_quick' if self.quick else ''}.jsonl"
         self._finished: dict[str, dict[str, Any]] = {}
         self._used: dict[str, dict[str, Any]] = {}
@@ -168,14 +142,14 @@ class Study:
                 entries.append(json.loads(line))
             except json.JSONDecodeError:
                 break
-        if entries and entries[0] != self.versions:
+        if entries and entries[0] != self.circumstances["versions"]:
             print(f"{self._log} is of other versions of packages: all runs start again.")
         elif entries:
             self._finished = {json.dumps(entry["key"]): entry for entry in entries[1:]}
             self._inherited = set(self._finished)
 
     def _write_log(self) -> None:
-        lines = [self.versions, *self._finished.values()]
+        lines = [self.circumstances["versions"], *self._finished.values()]
         draft = self._log.with_suffix(".tmp")
         draft.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.replace(draft, self._log)  # a crash leaves the old log or the new one
@@ -354,12 +328,10 @@ class Study:
         plt.close(figure)
         record = {
             "name": self.name,
-            "command": f"python examples/experiments/{self.name}.py",
+            "command": f"python experiments/{self.name}.py",
             "quick": self.quick,
             "seeds": self.seeds,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "platform": f"{jax.default_backend()}, {platform.machine()}, {os.cpu_count()} cores",
-            "versions": self.versions,
+            **self.circumstances,
             "seconds": round(time.perf_counter() - self._begin + self._before, 1),
             "claims": self._claims,
         }

@@ -1,8 +1,8 @@
 """Runs the experiments one after another and collects what became of every claim in one table.
 
-    python examples/experiments/run_all.py                      # all of them
-    python examples/experiments/run_all.py p_norm m_sharpness   # some
-    python examples/experiments/run_all.py --quick              # digits, tiny grids, for CI
+    python experiments/run_all.py                      # all of them
+    python experiments/run_all.py p_norm m_sharpness   # some
+    python experiments/run_all.py --quick              # digits, tiny grids, for CI
 
 Writes OUT/claims.md and OUT/claims.json. An interrupted run, started again, goes on where it
 stopped. Claims 1 to 4 at their published size (ImageNet, Wide ResNets on CIFAR) need data and
@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = sorted(p.stem for p in HERE.glob("[!_]*.py") if p.stem != Path(__file__).stem)
+OTHERS = (Path(__file__).stem, "compare_methods")  # which tests no claim
+NAMES = sorted(p.stem for p in HERE.glob("[!_]*.py") if p.stem not in OTHERS)
 QUICK = ("scale_invariance",)  # with --quick and no names: the others have tests of their own
 WRN = "examples/image_classification.py --model"  # settings 1 to 3 of its docstring
 ELSEWHERE = [  # claim, published, command

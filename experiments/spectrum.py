@@ -1,6 +1,6 @@
 """Claim 13: SAM's solutions are wide. Hessian eigenvalues along training and at the end.
 
-    python examples/experiments/spectrum.py
+    python experiments/spectrum.py
 
 Published (Foret et al., 2010.01412, figure 3; WRN-40-10 without BatchNorm on CIFAR-10), lambda_max
 and in brackets lambda_max / lambda_5, at epochs 1, 50 and 300: SGD 62.9 (2.5), 12.5 (1.7), 24.2
@@ -13,9 +13,10 @@ import functools
 
 import jax
 import numpy as np
-from _figures import COLORS, band, panels
-from _harness import SIGNIFICANT, Study, spread, welch
+from _figures import band, panels
+from _harness import SIGNIFICANT, Study
 from _networks import LANES, fit, lane, loss, no_ascent, sam
+from _report import COLORS, spread, welch
 
 from sam_optax import sharpness
 

@@ -7,15 +7,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from _harness import Row
-
-# Okabe and Ito's palette, told apart by all kinds of colour vision.
-COLORS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999")
-MARKERS = "os^Dv<>P"
+from _report import COLORS, MARKERS, STYLE
 
 
 def panels(count: int, title: str, width: float = 4.5, height: float = 3.6) -> tuple[Any, Any]:
     """A figure and its axes, at most three in a row."""
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(STYLE)
     rows = math.ceil(count / 3)
     columns = math.ceil(count / rows)
     size = (max(width * columns, 6), height * rows)

@@ -1,6 +1,6 @@
 """Claims 1, 7, 11: SGD, SAM and ASAM on real digits, clean and with wrong labels.
 
-    python examples/experiments/error_rates.py
+    python experiments/error_rates.py
 
 Published (Foret et al., 2010.01412), test error in % without and with SAM: WRN-28-10 on CIFAR-10
 3.5 and 2.7, on CIFAR-100 18.8 and 16.5; PyramidNet on CIFAR-10 4.0 and 2.7; with label noise on par
@@ -9,9 +9,10 @@ trains for twice the epochs, which costs what SAM costs, and the better of the t
 last comparison takes weight decay away from all: what shows there alone is owed to a weak baseline.
 """
 
-from _figures import COLORS, band, panels
-from _harness import Arm, Study, grid, spread, welch
+from _figures import band, panels
+from _harness import Arm, Study, grid
 from _networks import asam, sam
+from _report import COLORS, spread, welch
 
 NOISE = (0.0, 0.2, 0.4, 0.6)  # chance of a training label to be redrawn
 WEAK = 1e-3  # weight decay of the last comparison; tuned SGD takes more where labels are wrong

@@ -1,6 +1,6 @@
 """Claim 5: a significant gain with residual networks and a rate that halves on plateaus.
 
-    python examples/experiments/plateau.py
+    python experiments/plateau.py
 
 Published, accuracy with SGD and with SAM, five runs, two-sample t-test: Stanford Dogs, 30 epochs,
 ResNet-18 77.08 and 78.12 (p .028), ResNet-34 79.79 and 80.99 (p .031); Fashion-MNIST, 20 epochs,
@@ -22,7 +22,8 @@ import numpy as np
 import optax
 import scipy.stats
 from _figures import dots, panels
-from _harness import SIGNIFICANT, TUNING_SEED, Row, Study, grid, welch
+from _harness import SIGNIFICANT, TUNING_SEED, Row, Study, grid
+from _report import welch
 
 import sam_optax
 

@@ -1,6 +1,6 @@
 """Claims 15, 16: stochastic weight averaging (SWA) against SGD and SAM, on SAM, and against FGE.
 
-    python examples/experiments/averaging.py
+    python experiments/averaging.py
 
 Published (Izmailov et al., 1803.05407), accuracy on CIFAR-100 at one budget of epochs: VGG-16 SGD
 72.55, SWA 73.91; WRN-28-10 80.82 and 81.46; on CIFAR-10 WRN-28-10 96.18 and 96.45; the ensemble of
@@ -19,8 +19,9 @@ import jax
 import numpy as np
 import optax
 from _figures import band, dots, panels
-from _harness import Arm, Row, Study, grid, spread, welch
+from _harness import Arm, Row, Study, grid
 from _networks import LANES, MLP, WARMUP, decayed_sgd, fit, lane, loss, sam
+from _report import spread, welch
 
 from sam_optax import averaging, landscape
 

@@ -1,6 +1,6 @@
 """Claim 12: SAM helps in fine-tuning as it does from scratch.
 
-    python examples/experiments/fine_tuning.py
+    python experiments/fine_tuning.py
 
 Published (Foret et al., 2010.01412): EfficientNets pretrained on ImageNet or larger sets and then
 fine-tuned have lower error with SAM than with SGD on nearly all of a dozen data sets. Here: an MLP

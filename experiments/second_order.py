@@ -1,6 +1,6 @@
 """Claim 8: dropping SAM's second-order term costs nothing; the two gradients point the same way.
 
-    python examples/experiments/second_order.py
+    python experiments/second_order.py
 
 SAM differentiates L(w + e(w)) with e held fixed. The term it drops, (de/dw)^T g_s, is kept by
 `sam(second_order=True)` at twice the cost. Published (Foret et al., 2010.01412, appendix): with the
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _figures import band, dots, panels
-from _harness import Arm, Study, grid, spread, welch
+from _harness import Arm, Study, grid
 from _networks import LANES, fit, loss, sam
+from _report import spread, welch
 
 import sam_optax
 

@@ -1,9 +1,9 @@
 """Every method of the library at an equal budget of wall-clock time: table, figure, JSON.
 
-    python examples/compare_methods.py                  # MNIST 14x14, ten minutes on two cores
-    python examples/compare_methods.py --data digits    # scikit-learn's 8x8 digits
-    python examples/compare_methods.py --methods asam,momentum_sam,look_sam
-    python examples/compare_methods.py --quick          # few methods, few epochs, for CI
+    python experiments/compare_methods.py                  # MNIST 14x14, ten minutes on two cores
+    python experiments/compare_methods.py --data digits    # scikit-learn's 8x8 digits
+    python experiments/compare_methods.py --methods asam,momentum_sam,look_sam
+    python experiments/compare_methods.py --quick          # few methods, few epochs, for CI
 
 The job is that of label_noise.py: 40 % wrong labels. SGD gets twice that job's epochs; every other
 method as many as fit into the same time, its learning rate stretched over them. Step times are
@@ -26,16 +26,14 @@ out: this network has none.
 
 import argparse
 import functools
-import importlib.metadata
 import itertools
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _paths  # noqa: F401
 import jax
 import jax.numpy as jnp
 import label_noise
@@ -43,6 +41,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tqdm
+from _report import BLUE, GREEN, ORANGE, PURPLE, STYLE, circumstances, spread, welch
 
 import sam_optax
 
@@ -56,14 +55,14 @@ TURNS = 5  # all methods take turns, so that a busy machine slows all of them
 REFRESH = 100  # steps between two measurements of xsam's alpha, as eigen_sam and sparse_sam have
 SIGNIFICANT = 0.05  # chance of one false claim or more among all methods (Holm)
 CURVES = 6  # in the right panel
-COSTS = ((1.3, "#E69F00", "below 1.3"), (1.75, "#009E73", "1.3 to 1.75"))  # Okabe and Ito's
-COSTS += ((2.5, "#0072B2", "1.75 to 2.5"), (np.inf, "#CC79A7", "above 2.5"))  # colours, by cost
+COSTS = ((1.3, ORANGE, "below 1.3"), (1.75, GREEN, "1.3 to 1.75"))  # colours, by cost
+COSTS += ((2.5, BLUE, "1.75 to 2.5"), (np.inf, PURPLE, "above 2.5"))
 
 
 class Job(NamedTuple):
     """What a method may need to build its optimizer; lr and weight_decay are traced."""
 
-    losses: Callable[..., jax.Array]  # (params, x, y) -> one loss per example
+    losses: Callable[..., jax.Array]  # (params, batch) -> one loss per example
     examples: int  # in the training set
     batch: int  # examples a step
     steps: int  # of the whole training
@@ -94,11 +93,11 @@ def link(method: Callable[[Any], optax.GradientTransformation]) -> Callable[...,
 
 
 def per_example(sharp: Callable[..., Any], job: Job) -> optax.GradientTransformation:
-    """A function (key, params, x, y) -> (loss, grads) as a link of the chain."""
+    """A function (key, params, batch) -> (loss, grads) as a link of the chain."""
 
     def update(updates, key, params=None, *, batch, **extra_args):
         next_key, key = jax.random.split(key)
-        return sharp(key, params, *batch)[1], next_key
+        return sharp(key, params, batch)[1], next_key
 
     first = lambda params: jax.random.key(0)
     return job.chain(optax.GradientTransformationExtraArgs(first, update))
@@ -106,7 +105,7 @@ def per_example(sharp: Callable[..., Any], job: Job) -> optax.GradientTransforma
 
 def k_sam(rho: Any, job: Job) -> optax.GradientTransformation:
     sharp = sam_optax.k_sam(job.losses, job.batch // 2, rho)
-    return per_example(lambda key, params, x, y: sharp(params, x, y), job)
+    return per_example(lambda key, params, batch: sharp(params, batch), job)
 
 
 def xsam(rho: Any, job: Job) -> optax.GradientTransformation:
@@ -115,7 +114,7 @@ def xsam(rho: Any, job: Job) -> optax.GradientTransformation:
     def update(updates, state, params=None, *, batch, **extra_args):
         count, alpha = state
         measure = lambda: sam_optax.xsam_alpha(
-            lambda w: job.losses(w, *batch).mean(), params, rho=rho, rho_max=2 * rho
+            lambda w: job.losses(w, batch).mean(), params, rho=rho, rho_max=2 * rho
         )
         alpha = jax.lax.cond(count % REFRESH == 0, measure, lambda: alpha)
         method = sam_optax.xsam(rho, alpha)
@@ -206,7 +205,7 @@ class Trainer(NamedTuple):
     epochs: int
 
     def optimizer(self, setting: Setting) -> optax.GradientTransformationExtraArgs:
-        losses = jax.vmap(functools.partial(label_noise.loss, self.model), (None, 0, 0))
+        losses = jax.vmap(functools.partial(label_noise.loss, self.model), (None, 0))
         steps = self.epochs * (self.examples // self.batch)
         job = Job(losses, self.examples, self.batch, steps, setting.lr, setting.weight_decay)
         return optax.with_extra_args_support(METHODS[self.name].build(setting.rho, job))
@@ -228,7 +227,7 @@ def epoch(trainer, setting, data, carry, key):
     tx = trainer.optimizer(setting)
 
     def gradient_of(batch):  # traced once, however often a method evaluates it
-        return jax.jit(lambda params: jax.grad(label_noise.loss, 1)(trainer.model, params, *batch))
+        return jax.jit(lambda params: jax.grad(label_noise.loss, 1)(trainer.model, params, batch))
 
     def step(carry, rows):
         params, state, previous = carry
@@ -312,7 +311,7 @@ def compare(args: Any, task: label_noise.Task, train_data: Any, validation: Any,
             bar.update()
         row["test_errors_by_epoch"] = curves
         row["errors"] = [curve[-1] for curve in curves]
-        row["mean"], row["std"] = np.mean(row["errors"]), np.std(row["errors"], ddof=1)
+        row["mean"] = np.mean(row["errors"])
         bar.set_postfix_str(f"{name} {row['mean']:.1f} %")
         rows.append(row)
     bar.close()
@@ -321,7 +320,7 @@ def compare(args: Any, task: label_noise.Task, train_data: Any, validation: Any,
 
 def p_values(rows: list[Any], rival: Any) -> dict[str, float]:
     """Welch's p against a rival, Holm's correction for as many comparisons as rows."""
-    p = [label_noise.welch(row["errors"], rival["errors"]) for row in rows]
+    p = [welch(row["errors"], rival["errors"]) for row in rows]
     order = np.argsort(p)
     corrected = np.maximum.accumulate(np.array(p)[order] * np.arange(len(p), 0, -1)).clip(max=1)
     return {rows[i]["method"]: float(value) for i, value in zip(order, corrected, strict=True)}
@@ -361,8 +360,8 @@ def report(rows: list[Any], sgd: Any) -> None:
         rho = f"{row['rho']:g}" if row["rho"] else "-"
         print(
             f"{row['method']:21} {row['gradients']:>9} {row['ratio']:6.2f} {row['epochs']:6} "
-            f"{row['lr']:5g} {row['weight_decay']:5g} {rho:>5} {row['mean']:6.2f} ± "
-            f"{row['std']:4.2f} {p:>10}"
+            f"{row['lr']:5g} {row['weight_decay']:5g} {rho:>5} "
+            f"{spread(row['errors']):>13} {p:>10}"
         )
     print(f"\nAt equal time, {len(sgd['errors'])} seeds, Holm's correction for all comparisons:")
     groups: dict[str, list[str]] = {}
@@ -386,7 +385,7 @@ def telling(rows: list[Any]) -> list[Any]:
 
 def draw(title: str, rows: list[Any], sgd: Any, path: Path) -> None:
     """Errors of all runs, and a few learning curves over time."""
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(STYLE)
     size = (9, 2.6 + 0.15 * len(rows))
     figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
     figure.suptitle(title, fontweight="bold")
@@ -462,8 +461,7 @@ def main() -> None:
     figure, log = args.out / f"{args.data}.png", args.out / f"{args.data}.json"
     record = {
         "command": vars(args) | {"out": str(args.out)},
-        "platform": f"{platform.platform()}, {os.cpu_count()} cores, {jax.devices()}",
-        "versions": {name: importlib.metadata.version(name) for name in label_noise.PACKAGES},
+        **circumstances(),
         "seconds": time.perf_counter() - begin,
         "rows": rows,
     }

@@ -1,6 +1,6 @@
 """Claim 9: p = 2 is the best norm of the perturbation.
 
-    python examples/experiments/p_norm.py
+    python experiments/p_norm.py
 
 Published (Foret et al., 2010.01412, appendix): among p = 1, 2 and infinity p = 2 is the best on
 CIFAR-10, with rho tuned for each. Here p = 1.5 and 4 as well, and eight radii for each p, on MNIST
@@ -10,8 +10,9 @@ given length in the 2-norm.
 """
 
 import numpy as np
-from _figures import COLORS, MARKERS, dots, panels
+from _figures import dots, panels
 from _harness import Arm, Study, grid
+from _report import COLORS, MARKERS
 
 import sam_optax
 

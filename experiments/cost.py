@@ -1,6 +1,6 @@
 """Claim 6: SAM costs twice the time of SGD. Error at equal epochs and at equal wall-clock.
 
-    python examples/experiments/cost.py
+    python experiments/cost.py
 
 Published, seconds of a training without and with SAM: 245 and 406, 365 and 601, 669 and 1197, 1134
 and 1999, ratios of 1.65 to 1.79; ASAM about the time of SAM on a TPU. Here: two MLPs, timed in
@@ -15,9 +15,10 @@ import time
 
 import jax
 import numpy as np
-from _figures import COLORS, MARKERS, panels
-from _harness import Arm, Study, grid, spread
+from _figures import panels
+from _harness import Arm, Study, grid
 from _networks import LANES, asam, fit, no_ascent, sam
+from _report import COLORS, MARKERS, spread
 
 METHODS = {"SGD": no_ascent, "SAM": sam, "ASAM": asam}
 WIDTHS = {"MLP 256-256": (256, 256), "MLP 512-512": (512, 512)}

@@ -1,6 +1,6 @@
 """Claim 14: ASAM's sharpness is blind to rescalings that leave the function unchanged.
 
-    python examples/experiments/scale_invariance.py
+    python experiments/scale_invariance.py
 
 A ReLU network computes the same function after (W1, b1, W2) -> (a W1, a b1, W2 / a). The one-step
 sharpness of SAM and the loss it descends change with a, though nothing about the network did; those
@@ -14,9 +14,10 @@ relative and goes on (a toy of this kind is in figure 3 of Kwon et al., 2102.116
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _figures import COLORS, MARKERS, panels
+from _figures import panels
 from _harness import Study
 from _networks import LANES, fit, lane, loss
+from _report import COLORS, MARKERS
 
 import sam_optax
 from sam_optax import sharpness

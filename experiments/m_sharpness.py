@@ -1,6 +1,6 @@
 """Claim 10: smaller m in m-sharpness generalises better. Error and sharpness against m.
 
-    python examples/experiments/m_sharpness.py
+    python experiments/m_sharpness.py
 
 Each batch of 100 is split into groups of m examples; every group has a perturbation of its own, and
 the mean of the gradients found there is descended (`value_and_grad(..., microbatch_size=m)`). m is
@@ -14,9 +14,10 @@ import functools
 import itertools
 
 import numpy as np
-from _figures import MARKERS, band, panels
-from _harness import SIGNIFICANT, Arm, Study, grid, spread, welch
+from _figures import band, panels
+from _harness import SIGNIFICANT, Arm, Study, grid
 from _networks import lane, loss, sam
+from _report import MARKERS, spread, welch
 
 from sam_optax import sharpness
 

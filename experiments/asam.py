@@ -1,6 +1,6 @@
 """Claim 3: ASAM is slightly better than SAM, eta = 0 better still; and the choices inside ASAM.
 
-    python examples/experiments/asam.py
+    python experiments/asam.py
 
 Published (Kwon et al., 2102.11600, and its authors' code), accuracy on CIFAR-10, WRN-22-8, three
 runs: SGD 96.99 (.08), SAM 97.45 (.04), ASAM with eta .01 97.54 (.01), with eta 0 97.59 (.07).
@@ -13,8 +13,9 @@ error over rho, through the best value and over the cliff behind it.
 import numpy as np
 import scipy.stats
 from _figures import band, dots, panels
-from _harness import Arm, Study, grid, spread, welch
+from _harness import Arm, Study, grid
 from _networks import asam, sam
+from _report import spread, welch
 
 import sam_optax
 

@@ -24,6 +24,10 @@ def dot(a, b):
     return sum((a[k] * b[k]).sum() for k in a)
 
 
+def ones(a):
+    return {k: np.ones_like(v) for k, v in a.items()}
+
+
 def norm(a):
     return np.sqrt(dot(a, a))
 

@@ -377,7 +377,7 @@ def test_methods_with_memory_train_modules_with_batch_norm_and_dropout(name, tmp
             return nnx_loss(module, X, Y), nnx.split(module, nnx.Param, ...)[2]
 
         (clean, new_rest), g = jax.value_and_grad(loss, has_aux=True)(params)
-        grad_fn = lambda params: jax.grad(loss, has_aux=True)(params)[0]  # noqa: B023
+        grad_fn = lambda params: jax.grad(loss, has_aux=True)(params)[0]
         more = {"previous_grad_fn": grad_fn} if name == "sampa" else {}
         updates, state = tx.update(g, state, params, grad_fn=grad_fn, **more)
         params = optax.apply_updates(params, updates)
@@ -390,6 +390,23 @@ def test_methods_with_memory_train_modules_with_batch_norm_and_dropout(name, tmp
     restore(tmp_path / "saved.npz", *resumed)
     step(*resumed)
     jax.tree.map(np.testing.assert_array_equal, pure(nnx.state(resumed[0])), pure(nnx.state(model)))
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_later_passes_start_from_the_state_before_the_step(jit):
+    """Also outside of jit, and where another dtype has the loss traced again."""
+    model, before = Module(nnx.Rngs(0)), Module(nnx.Rngs(0))
+    half = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+
+    def gradients(model):
+        _, grads, grad_fn = sam_optax.nnx.value_and_grad_fn(nnx_loss)(model, X, Y)
+        params = nnx.state(model, nnx.Param)
+        return grads, grad_fn(params), grad_fn(half(params))
+
+    grads, again, halved = (nnx.jit(gradients) if jit else gradients)(model)
+    assert_close(pure(grads), pure(nnx.grad(nnx_loss)(before, X, Y)))
+    assert_close(pure(again), pure(grads))
+    assert_close(pure(jax.tree.map(jnp.float32, halved)), pure(grads), rtol=0.1, atol=0.1)
 
 
 def test_an_optimizer_of_another_filter_is_refused():

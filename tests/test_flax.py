@@ -11,6 +11,8 @@ import optax
 import pytest
 from flax.training.dynamic_scale import DynamicScale
 from flax.training.train_state import TrainState
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import sam_optax
 
@@ -252,3 +254,83 @@ def test_dynamic_scale_sees_both_passes(step, tx, where):
         assert_close((state.params, loss), (params, clean), rtol=1e-2, atol=2e-3)
     # Down twice; up with the third good step after it, as Flax counts an interval of 2.
     assert state.dynamic_scale.scale == 2048 and state.dynamic_scale.fin_steps == 0
+
+
+# Statistics and logits in aux over devices, as in Flax's steps for images.
+
+
+class Classifier(nn.Module):
+    axis_name: str | None = None  # given, BatchNorm is synchronised
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=False, momentum=0.9, axis_name=self.axis_name)(x)
+        return nn.Dense(10)(jnp.tanh(nn.Dense(16)(x)))
+
+
+IMAGES = jax.random.normal(jax.random.key(2), (32, 6))
+LABELS = jnp.argmax(IMAGES @ jax.random.normal(jax.random.key(3), (6, 10)), axis=1)
+DEVICES = 4
+
+
+def images_loss(params, batch_stats, batch, axis_name):
+    variables = {"params": params, "batch_stats": batch_stats}
+    logits, changes = Classifier(axis_name).apply(variables, batch["x"], mutable=["batch_stats"])
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+    return loss, (changes["batch_stats"], logits)
+
+
+def hand_made_step(params, batch_stats, axis_name):
+    """The losses of all devices as a function of all their parameters, by vmap over devices."""
+    batch = {"x": IMAGES.reshape(DEVICES, 8, 6), "y": LABELS.reshape(DEVICES, 8)}
+
+    def total(copies):
+        of_device = lambda params, batch: images_loss(params, batch_stats, batch, axis_name)
+        loss, aux = jax.vmap(of_device, axis_name="batch")(copies, batch)
+        return jnp.sum(loss), aux
+
+    copies = jax.tree.map(lambda w: jnp.stack([w] * DEVICES), params)
+    g, (stats, logits) = jax.grad(total, has_aux=True)(copies)
+    g_s, _ = jax.grad(total, has_aux=True)(jax.vmap(perturbed)(copies, g))
+    g_s, stats = jax.tree.map(lambda x: jnp.mean(x, axis=0), (g_s, stats))
+    params = jax.tree.map(lambda w, g: w - 0.5 * g, params, g_s)
+    return params, stats, jnp.mean(jnp.argmax(logits, axis=-1) == batch["y"])
+
+
+@pytest.mark.parametrize("axis_name", [None, "batch"])
+@pytest.mark.parametrize("route", ["pmap", "shard_map", "shard_map unchecked"])
+def test_training_accuracy_over_devices(route, axis_name):
+    """The mean of the devices' logits belongs to no label: they stay each device's own."""
+    loss_fn = functools.partial(images_loss, axis_name=axis_name)
+    evaluate = sam_optax.value_and_grad(
+        loss_fn, sam_optax.sam(RHO), has_aux=True, axis_name="batch", average_aux=(True, False)
+    )
+
+    def step(params, batch_stats, batch):
+        out, grads = evaluate(params, batch_stats, batch)
+        _, (batch_stats, logits) = out
+        accuracy = jax.lax.pmean(jnp.mean(jnp.argmax(logits, -1) == batch["y"]), "batch")
+        params = jax.tree.map(lambda w, g: w - 0.5 * g, params, grads)
+        return params, batch_stats, accuracy
+
+    batch = {"x": IMAGES, "y": LABELS}
+    if route == "pmap":
+        batch = jax.tree.map(lambda x: x.reshape(DEVICES, 8, *x.shape[1:]), batch)
+        axes = {"in_axes": (None, None, 0), "out_axes": None}
+        step = jax.pmap(step, "batch", devices=jax.devices()[:DEVICES], **axes)
+    else:
+        step = jax.shard_map(
+            step,
+            mesh=jax.make_mesh((DEVICES,), ("batch",), axis_types=(AxisType.Auto,)),
+            in_specs=(P(), P(), P("batch")),
+            out_specs=P(),
+            check_vma=route == "shard_map",
+        )
+    step = jax.jit(step)
+    variables = Classifier().init(jax.random.key(0), IMAGES)
+    state = expected = variables["params"], variables["batch_stats"]
+    for _ in range(3):
+        *state, accuracy = step(*state, batch)
+        *expected, right = hand_made_step(*expected, axis_name)
+        assert_close((state, accuracy), (expected, right), rtol=1e-4, atol=1e-5)
+    assert right > 0.25  # of ten labels; the logits' mean gets about 0.1

@@ -14,7 +14,7 @@ from sam_optax._types import Mask, Normalization, Radius, transformation
 def dual_ascent(
     rho: Radius,
     *,
-    p: jax.typing.ArrayLike = 2.0,
+    p: jax.typing.ArrayLike | None = None,
     normalization: Normalization | None = None,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -35,9 +35,9 @@ def dual_ascent(
       rho: radius, at least 0: a number, a traced scalar, or a schedule of the
         step. In the units of the parameters, or relative to them under a
         normalization.
-      p: order of the norm that bounds e, from 1 to infinity. A traced p works
-        (`optax.inject_hyperparams` makes it one unless named in static_args)
-        at the cost of a power per parameter.
+      p: order of the norm that bounds e, from 1 to infinity; None is 2. A traced
+        p (`optax.inject_hyperparams` makes it one if it is given) works at the
+        cost of a power per parameter.
       normalization: the operator T, a function from params to a tree like
         params whose leaves are positive and broadcast against them
         (`elementwise`, `filterwise`, `layerwise`, or your own). None is T = 1.
@@ -70,11 +70,14 @@ def dual_ascent(
       `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, equation 9.
 
     Note:
-      No gradient evaluation. Norms are taken in float32 or wider after
-      division by the largest entry, so gradients of 1e30 or 1e-30, or scaled
-      for float16, give the same perturbation.
+      No gradient evaluation. Norms are taken in float32 or wider, and where
+      squares would leave its range after scaling by a power of two, so a loss
+      scale does not change e. The length is rho for every T g whose largest
+      entry is a normal number, in float32 from 1.2e-38 to 3.4e38; below that
+      most devices compute with 0, and so e = 0.
     """
     _checks.at_least("rho", rho, 0.0)
+    p = 2.0 if p is None else p
     _checks.at_least("p", p, 1.0)
 
     def update(
@@ -120,7 +123,7 @@ def _dual(
     """The equation of `dual_ascent` on the perturbed leaves, v = T g.
 
     For p = 2 this is rho T v/||v||. Otherwise divide by the largest entry, which
-    cancels: with x = v / max|v|, e = rho T sign(x) |x|^(q-1) / (sum |x|^q)^(1/p),
+    cancels: with x = v / max|v|, e = rho T d / <x, d>^(1/p) for d = sign(x) |x|^(q-1),
     since (q-1)/q = 1/p. With q - 1 = 1/(p-1), the limits p = 1 (an infinite
     power: 1 at the maximum, else 0) and p = inf (power 0) need no case of their
     own.
@@ -134,20 +137,49 @@ def _dual(
         directions = [a * factor for a in wide]
         length = _numerics.nonzero(size)
     else:
-        size = jax.lax.stop_gradient(jnp.max(jnp.stack([jnp.max(jnp.abs(a)) for a in wide])))
-        x = [a / _numerics.nonzero(size) for a in wide]
+        size = _numerics.largest(v)
+        factor = _numerics.to_one(size)  # or 1/size could be too small for a float
+        x = [a * factor / _numerics.nonzero(size * factor) for a in wide]
         order = jnp.asarray(p, size.dtype)
-        # A division may miss 1 by an ulp, which the infinite power of p = 1 would not forgive.
-        one = 1 - 4 * jnp.finfo(size.dtype).eps
-        powers = [jnp.where(jnp.abs(a) > one, 1, jnp.abs(a)) ** (1 / (order - 1)) for a in x]
-        directions = [jnp.sign(a) * b for a, b in zip(x, powers, strict=True)]
-        total = sum(jnp.sum(jnp.abs(a) * b) for a, b in zip(x, powers, strict=True))
+        directions = [_signed_power(a, 1 / (order - 1)) for a in x]
+        total = sum(jnp.sum((jnp.conj(a) * d).real) for a, d in zip(x, directions, strict=True))
         length = jnp.where(size == 0, 1, total) ** (1 / order)
     # sign() would hide an infinite gradient for p = inf.
     step = jnp.where(jnp.isfinite(size), radius / length, jnp.nan)
     return [
         d * step if t is None else d * t * step for d, t in zip(directions, scales, strict=True)
     ]
+
+
+@jax.custom_jvp
+def _signed_power(x: jax.Array, n: jax.Array) -> jax.Array:
+    """sign(x) |x|^n for |x| up to 1 and n from 0 to infinity, in values and derivatives.
+
+    An infinite power is 1 where |x| = 1, else 0; its derivative is that of such
+    a constant, and 0 is taken at 0, where the slope of a power below 1 is infinite.
+    """
+    return jnp.sign(x) * _modulus(x) ** n
+
+
+def _modulus(x: jax.Array) -> jax.Array:
+    # A division may miss 1 by an ulp, which an infinite power would not forgive.
+    size = jnp.abs(x)
+    return jnp.where(size > 1 - 4 * jnp.finfo(size.dtype).eps, 1, size)
+
+
+def _slope(dx: jax.Array, power: jax.Array, x: jax.Array, n: jax.Array) -> jax.Array:
+    # |x|^(n-1) times n along x and 1 across it, which only a complex x can turn.
+    size, along = _modulus(x), jnp.where(jnp.isfinite(n), n, 0)
+    vertical = (size == 0) & (n < 1)
+    scale = jnp.where(vertical, 0, jnp.where(vertical, 1, size) ** (n - 1))
+    return scale * (dx + (along - 1) * jnp.sign(x) * (jnp.conj(jnp.sign(x)) * dx).real)
+
+
+def _slope_of_exponent(dn: jax.Array, power: jax.Array, x: jax.Array, n: jax.Array) -> jax.Array:
+    return power * jnp.log(_numerics.nonzero(_modulus(x))) * dn
+
+
+_signed_power.defjvps(_slope, _slope_of_exponent)
 
 
 def _is_two(p: Any) -> bool:

@@ -9,7 +9,7 @@ import optax
 
 from sam_optax import _axes, _checks, _numerics
 from sam_optax._ascent import count_for, scheduled
-from sam_optax._sharpness_aware import checked, gradient_of
+from sam_optax._gradients import gradient_functions
 from sam_optax._types import GradFn, Radius
 
 
@@ -118,13 +118,21 @@ def bsam(
     _checks.in_interval("scale", scale, "(0, inf)")
     delta = prior_precision / data_size
     first, draw = _numerics.key_stream(key)
-    wide_zeros = lambda w: _numerics.widened(jnp.zeros_like(w))
 
     def init(params: optax.Params) -> BSAMState:
+        def wide(value: Any) -> optax.Params:
+            def leaf(w: Any) -> jax.Array:
+                zeros = jnp.zeros_like(w)
+                if not _numerics.is_perturbable(w):
+                    return zeros
+                return jnp.full_like(_numerics.widened(zeros), value)
+
+            return jax.tree.map(leaf, params)
+
         return BSAMState(
             key=first,
-            momentum=jax.tree.map(wide_zeros, params),
-            scale=jax.tree.map(lambda w: jnp.full_like(wide_zeros(w), scale), params),
+            momentum=wide(0.0),
+            scale=wide(scale),
             counts=(count_for(learning_rate), count_for(rho)),
         )
 
@@ -135,11 +143,11 @@ def bsam(
         *,
         grad_fn: GradFn | None = None,
         value_fn: Callable[[optax.Params], jax.Array] | None = None,
+        descent_grad_fn: GradFn | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, BSAMState]:
         del extra_args
-        _checks.given("params", params, "both gradients are taken near them")
-        grad_fn = checked(grad_fn or gradient_of(value_fn), updates)
+        ascend, descend = gradient_functions(updates, params, grad_fn, value_fn, descent_grad_fn)
         lr, lr_count = scheduled(learning_rate, state.counts[0])
         factor, rho_count = scheduled(rho, state.counts[1])
         next_key, (key,) = draw(state.key)
@@ -149,15 +157,16 @@ def bsam(
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         noise = _numerics.random_normal(key, s)
         sample = wide(lambda w, n, s: w + n / jnp.sqrt(data_size * s), params, noise, s)
-        g = grad_fn(sample)
-        g_s = grad_fn(wide(lambda w, g, s: w + factor * g / s, params, g, s))
+        g = ascend(sample)
+        g_s = descend(wide(lambda w, g, s: w + factor * g / s, params, g, s))
         curvature = wide(lambda s, g: jnp.sqrt(s) * jnp.abs(g), s, g)
         if axis_name is not None:
             g_s, curvature = _axes.mean((g_s, curvature), axis_name)
         momentum = wide(
             lambda m, g, w: b1 * m + (1 - b1) * (g + delta * w), state.momentum, g_s, params
         )
-        result = wide(lambda w, m, s: -lr * m / s, params, momentum, s)
+        zeros = optax.tree.zeros_like(params)
+        result = wide(lambda _, m, s: -lr * m / s, zeros, momentum, s)
         next_scale = wide(lambda s, h: b2 * s + (1 - b2) * (h + damping + delta), s, curvature)
         return result, BSAMState(next_key, momentum, next_scale, (lr_count, rho_count))
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _checks, _numerics
+from sam_optax._gradients import refuse_in_branch
 from sam_optax._sharpness_aware import cadence_of, in_one_dtype
 from sam_optax._types import Radius, When, transformation
 
@@ -117,14 +118,17 @@ def adaptive(
     paid for, more of them late.
 
         mu <- decay mu + (1 - decay) s,  var <- decay var + (1 - decay) (s - mu)^2,
-        pay if s >= mu + c_t sqrt(var),  s = ||g||^2,  c_t linear in t/steps
+        pay if s >= mu + c_t sqrt(var),  s = ||g||^2,
+        c_t = c_start + (c_end - c_start) t/steps
 
     Args:
       method: any method.
       steps: length of training, at least 1; may be traced.
       decay: of the running mean and variance, in [0, 1).
       c_start: threshold at step 0, in standard deviations.
-      c_end: threshold at the last step; below c_start pays more often late.
+      c_end: where the threshold goes; below c_start pays more often late. The
+        last step, steps - 1, is at (steps - 1)/steps of the way, just short of
+        it; steps beyond stay at c_end.
 
     Returns:
       A transformation with state: chain it. The first step is always paid for.
@@ -154,7 +158,7 @@ def adaptive(
     Note:
       One to two gradient evaluations a step.
     """
-    _checks.integer_at_least("steps", steps, 1, traced=True)
+    steps = _checks.integer_at_least("steps", steps, 1, traced=True)
     _checks.in_interval("decay", decay, "[0, 1)")
 
     def init(params: optax.Params) -> AdaptiveCadenceState:
@@ -225,7 +229,7 @@ def late_phase(
     Note:
       One gradient evaluation a step before `start`, then those of the method.
     """
-    _checks.integer_at_least("start", start, 0, traced=True)
+    start = _checks.integer_at_least("start", start, 0, traced=True)
     return _under(method, lambda count: count >= start)
 
 
@@ -243,6 +247,7 @@ def _under(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, CadencedState]:
         _checks.given("params", params, "the gradient is taken at a perturbed copy of them")
+        refuse_in_branch(extra_args.get("descent_grad_fn"))
         pay, cadence_state = cadence.update(updates, state.cadence, params, **extra_args)
         result, method_state = jax.lax.cond(
             pay,

@@ -7,6 +7,8 @@ T H T. Normalization and mask are settled here, once, and nowhere else.
 
 import dataclasses
 import functools
+import numbers
+import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -75,9 +77,15 @@ def chart(
     *,
     real: bool = False,
 ) -> Chart:
-    """The chart of a normalization and a mask, as `dual_ascent` reads them."""
+    """The chart of a normalization and a mask, as `dual_ascent` reads them.
+
+    Every measure and landscape makes one of each solution it is given, so what
+    params may be is settled here as well.
+    """
+    _require_arrays(params)
     leaves, treedef = jax.tree.flatten(params)
     chosen = _ascent._chosen(mask, treedef, leaves, params)
+    _require_trained(params, chosen)
     index = tuple(i for i, use in enumerate(chosen) if use)
     if not index:
         raise ValueError(f"params must hold a floating leaf that the mask chooses, got {treedef}")
@@ -88,6 +96,87 @@ def chart(
         )
     scales = _ascent._scales(normalization, treedef, leaves, params)
     return Chart(params, [scales[i] for i in index], index)
+
+
+def _require_arrays(params: Any) -> None:
+    """Raises where a leaf is a function or another thing with no coordinates."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
+            raise ValueError(
+                f"params must hold arrays alone, got {leaf!r} at {_name(path)}. "
+                "Equinox: params, static = eqx.partition(model, eqx.is_inexact_array), with "
+                "loss_fn = lambda params, batch: loss(eqx.combine(params, static), batch)"
+            )
+
+
+def _require_trained(params: Any, chosen: list[bool]) -> None:
+    """Raises where a chosen leaf is a statistic of BatchNorm or a state of an optimizer.
+
+    No step of training moves along them: their rows and columns would be
+    eigenvalues, zeros for the latter, of nothing that was trained.
+    """
+    taken = iter(chosen)
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_batch_stat)
+    siblings: dict[Any, set[Any]] = {}
+    for path, _ in nodes:
+        siblings.setdefault(path[:-1], set()).update(map(_key, path[-1:]))
+    for path, node in nodes:
+        if not any([next(taken) for _ in jax.tree.leaves(node)]):
+            continue
+        names = [_key(part) for part in path]
+        if "opt_state" in names:
+            raise ValueError(
+                f"params must not hold the state of an optimizer, got it at {_name(path)}: give "
+                "the parameters alone, such as state.params"
+            )
+        # A state of NNX turned into plain arrays has names alone.
+        layer = siblings[path[:-1]]
+        pure = names[-1:] in (["mean"], ["var"]) and {"mean", "var"} < layer <= _BATCH_NORM
+        nnx = pure or _is_batch_stat(node)
+        if nnx or "batch_stats" in names:
+            raise ValueError(
+                "params must not hold BatchNorm statistics, which are not trained, got them at "
+                f"{_name(path)}. {_SPLIT_NNX if nnx else _SPLIT_LINEN} "
+                "(or leave them out by mask; landscapes take them as statistics)"
+            )
+
+
+def _key(part: Any) -> Any:
+    """The name in an entry of a path, None for an index."""
+    return getattr(part, "key", getattr(part, "name", None))
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "the root"
+
+
+_BATCH_NORM = {"mean", "var", "scale", "bias"}
+_SPLIT_LINEN = (
+    'Give variables["params"], with loss_fn = lambda params, batch: loss(model.apply('
+    '{"params": params, "batch_stats": stats}, x, train=False), y)'
+)
+_SPLIT_NNX = (
+    "Give the params of graph, params, rest = nnx.split(model, nnx.Param, ...) after model.eval(), "
+    "with loss_fn = lambda params, batch: loss(nnx.merge(graph, params, rest)(x), y)"
+)
+
+
+def _is_batch_stat(node: Any) -> bool:
+    """Whether a node is a statistic of Flax NNX, which is not imported for the question."""
+    nnx: Any = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(node, nnx.BatchStat)
+
+
+def scalar_loss(loss_fn: Callable[..., Any], *args: Any) -> Any:
+    """loss_fn(*args), which must be one number."""
+    value = loss_fn(*args)
+    if not jax.tree_util.all_leaves([value]) or np.shape(value):
+        raise ValueError(
+            "loss_fn must return one scalar, the mean over a batch (jnp.mean of the losses of "
+            "examples; of a pair (loss, aux) the loss alone), got the shape "
+            f"{jax.tree.map(jnp.shape, value)}"
+        )
+    return value
 
 
 def dot(a: Vector, b: Vector) -> jax.Array:
@@ -122,7 +211,7 @@ def perturbation(place: Chart, u: Vector) -> Any:
 @functools.partial(jax.jit, static_argnames="loss_fn")
 def loss(loss_fn: LossFn, place: Chart, u: Vector, batch: Any) -> jax.Array:
     """Loss of a batch at w + T u."""
-    return loss_fn(place.at(u), batch)
+    return scalar_loss(loss_fn, place.at(u), batch)
 
 
 @functools.partial(jax.jit, static_argnames="loss_fn")
@@ -130,14 +219,14 @@ def loss_and_gradient(
     loss_fn: LossFn, place: Chart, u: Vector, batch: Any
 ) -> tuple[jax.Array, Vector]:
     """Loss at w + T u and its gradient in u, a direction of ascent."""
-    value, gradient = jax.value_and_grad(lambda u: loss_fn(place.at(u), batch))(u)
+    value, gradient = jax.value_and_grad(lambda u: scalar_loss(loss_fn, place.at(u), batch))(u)
     return value, _numerics.conjugate(gradient)
 
 
 @functools.partial(jax.jit, static_argnames="loss_fn")
 def hessian_product(loss_fn: LossFn, place: Chart, vector: Vector, batch: Any) -> Vector:
     """T H T vector."""
-    gradient = jax.grad(lambda u: loss_fn(place.at(u), batch))
+    gradient = jax.grad(lambda u: scalar_loss(loss_fn, place.at(u), batch))
     return jax.jvp(gradient, (place.zeros(),), (vector,))[1]
 
 
@@ -150,7 +239,7 @@ def curvature(loss_fn: LossFn, place: Chart, vector: Vector, batch: Any) -> jax.
     """
 
     def along(t: jax.Array) -> jax.Array:
-        return loss_fn(place.at([t * part for part in vector]), batch)
+        return scalar_loss(loss_fn, place.at([t * part for part in vector]), batch)
 
     def slope(t: jax.Array) -> jax.Array:
         return jax.jvp(along, (t,), (jnp.ones_like(t),))[1]

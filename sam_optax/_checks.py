@@ -22,38 +22,46 @@ def has_traced(*trees: Any) -> bool:
 
 def at_least(name: str, value: Any, bound: float) -> None:
     """Requires a number of at least `bound`; schedules and traced values pass."""
-    if _is_number(name, value) and not value >= bound:  # catches NaN as well
+    number = _known(name, value)
+    if number is not None and not number >= bound:  # catches NaN as well
         raise ValueError(f"{name} must be at least {bound}, got {value}")
 
 
-def in_interval(name: str, value: Any, interval: str) -> None:
-    """Requires a number in an interval written as in "[0, 1)"; schedules and traced values pass."""
-    if not _is_number(name, value):
-        return
+def in_interval(name: str, value: Any, interval: str) -> Any:
+    """The number, in an interval written as in "[0, 1)"; schedules and traced values pass."""
+    number = _known(name, value)
+    if number is None:
+        return value
     low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    below = value <= high if interval[-1] == "]" else value < high
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
     if not (above and below):
         raise ValueError(f"{name} must be in {interval}, got {value}")
+    return number
 
 
-def _is_number(name: str, value: Any) -> bool:
-    """Whether the value is known now; known values must be single numbers."""
+def _known(name: str, value: Any) -> float | None:
+    """The number, if it is known now, or None; what is known must be a single number."""
     if callable(value) or is_traced(value):
-        return False
+        return None
+    # NumPy's copy, because inside of jit even a comparison of known JAX arrays is traced.
     number = np.asarray(value)
-    if number.shape != () or number.dtype.kind not in "biuf":
+    is_real = any(jnp.issubdtype(number.dtype, kind) for kind in (jnp.floating, jnp.integer))
+    if number.shape != () or not is_real:
         raise ValueError(f"{name} must be a number, got {value!r}")
-    return True
+    return float(number)
 
 
-def integer_at_least(name: str, value: Any, bound: int, traced: bool = False) -> None:
-    """Requires an integer of at least `bound`, and a static one unless traced ones are allowed."""
+def integer_at_least(name: str, value: Any, bound: int, traced: bool = False) -> Any:
+    """The integer, of at least `bound`, and known now unless traced ones are allowed."""
     if traced and is_traced(value):
-        return
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise ValueError(f"{name} must be an integer known when building, got {value!r}")
+        return value
+    is_integer = not is_traced(value) and jnp.issubdtype(np.asarray(value).dtype, jnp.integer)
+    if not is_integer or np.ndim(value) > 0:
+        hint = ": with optax.inject_hyperparams name it in static_args" if is_traced(value) else ""
+        raise ValueError(f"{name} must be an integer known when building, got {value!r}{hint}")
     at_least(name, value, bound)
+    return int(value)
 
 
 def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:

@@ -59,7 +59,7 @@ def gsam(
     """
     _checks.at_least("alpha", alpha, 0.0)
 
-    def combine(perturbed: optax.Updates, clean: optax.Updates, **rest: Any) -> optax.Updates:
+    def combine(perturbed: optax.Updates, *, clean: optax.Updates, **rest: Any) -> optax.Updates:
         _, u = _numerics.norm_and_unit(perturbed)
         along = _numerics.inner(clean, u)
         return _numerics.map_wide(
@@ -112,8 +112,8 @@ def rho_from_learning_rate(
     """
     _checks.at_least("rho_min", rho_min, 0.0)
     _checks.at_least("rho_max", rho_max, 0.0)
-    if not lr_max > lr_min:
-        raise ValueError(f"lr_max must be above lr_min, got {lr_max} and {lr_min}")
+    _checks.in_interval("lr_min", lr_min, "(-inf, inf)")
+    _checks.in_interval("lr_max", lr_max, f"({lr_min}, inf)")  # above lr_min
     slope = (rho_max - rho_min) / (lr_max - lr_min)
     return lambda count: jnp.maximum(rho_min + slope * (learning_rate(count) - lr_min), 0.0)
 
@@ -239,7 +239,7 @@ def stable_sam(rho: Radius = 0.05) -> optax.GradientTransformationExtraArgs:
       Two gradient evaluations and one copy of the parameters.
     """
 
-    def combine(perturbed: optax.Updates, clean: optax.Updates, **rest: Any) -> optax.Updates:
+    def combine(perturbed: optax.Updates, *, clean: optax.Updates, **rest: Any) -> optax.Updates:
         length, _ = _numerics.norm_and_unit(clean)
         _, direction = _numerics.norm_and_unit(perturbed)
         return _numerics.map_wide(lambda g_s, u: length * u, perturbed, direction)
@@ -283,24 +283,31 @@ def cr_sam(
       linear in the finite differences where the paper has logarithms.
 
     Note:
-      Three gradient evaluations and one copy of the parameters.
+      Three gradient evaluations and one copy of the parameters. With
+      descent_grad_fn all of g+, g- and the g between them come from it, one
+      evaluation more: finite differences of one function.
     """
     _checks.at_least("gamma", gamma, 0.0)
     _checks.at_least("beta", beta, 0.0)
 
     def combine(
         perturbed: optax.Updates,
+        params: optax.Params,
+        *,
         clean: optax.Updates,
         perturbation: optax.Updates,
-        params: optax.Params,
         grad_fn: GradFn,
+        descent_grad_fn: GradFn | None = None,
         **rest: Any,
     ) -> optax.Updates:
-        opposite = grad_fn(optax.apply_updates(params, jax.tree.map(jnp.negative, perturbation)))
+        # A finite difference of two functions would be the difference of the functions.
+        middle = clean if descent_grad_fn is None else grad_fn(params)
+        back = _numerics.map_wide(jnp.negative, perturbation)
+        opposite = grad_fn(optax.apply_updates(params, back))
         return _numerics.map_wide(
             lambda plus, g, minus: plus + gamma * (plus + minus - 2 * g) + beta * (plus - minus),
             perturbed,
-            clean,
+            middle,
             opposite,
         )
 
@@ -315,11 +322,11 @@ def descent_of(combine: Combination) -> optax.GradientTransformationExtraArgs:
     ) -> tuple[optax.Updates, optax.OptState]:
         return combine(updates, params=params, **extra_args), state
 
-    return transformation(lambda params: optax.EmptyState(), update)
+    return transformation(lambda params: optax.EmptyState(), update, needs=combine)
 
 
 def _extrapolate(weight: jax.typing.ArrayLike) -> Combination:
-    def combine(perturbed: optax.Updates, clean: optax.Updates, **rest: Any) -> optax.Updates:
+    def combine(perturbed: optax.Updates, *, clean: optax.Updates, **rest: Any) -> optax.Updates:
         return _numerics.map_wide(lambda g_s, g: g + weight * (g_s - g), perturbed, clean)
 
     return combine

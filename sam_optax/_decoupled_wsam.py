@@ -79,8 +79,9 @@ def decoupled_wsam(
     """
     _checks.in_interval("gamma", gamma, "[0, 1)")
 
-    def difference(perturbed: optax.Updates, clean: optax.Updates, **_: Any) -> optax.Updates:
-        return _numerics.map_wide(lambda g_s, g: g_s - g, perturbed, clean)
+    def difference(perturbed: optax.Updates, *, clean: optax.Updates, **_: Any) -> optax.Updates:
+        # The links that follow are Optax's, which do not take float0.
+        return _numerics.map_wide(lambda g_s, g: g_s - g, _numerics.movable(perturbed), clean)
 
     base = optax.with_extra_args_support(base)
     sharpness = optax.chain(
@@ -98,8 +99,10 @@ def decoupled_wsam(
         params: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, DecoupledWSAMState]:
-        step, base_state = base.update(updates, state.base, params, **extra_args)
+        # The sharpness term first, whose checks come before the base optimizer's.
         term, term_state = sharpness.update(updates, state.sharpness, params, **extra_args)
+        gradient = _numerics.movable(updates)
+        step, base_state = base.update(gradient, state.base, params, **extra_args)
         both = _numerics.map_wide(lambda a, b: a + b, step, term)
         return both, DecoupledWSAMState(base_state, term_state)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 import jax
 import optax
 
-from sam_optax import _axes, _checks, _groups, _numerics
+from sam_optax import _axes, _checks, _numerics
 from sam_optax._groups import Groups, Result
 
 Loss: TypeAlias = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
@@ -93,31 +93,19 @@ def value_and_grad(
             grads, _ = method.update(grads, state, params, **given)
             return clean, _numerics.conjugate(grads)
 
-        def update() -> tuple[Any, Any]:
-            passes = []
-
-            def descent_grad_fn(params: Any) -> Any:
-                out, grads = evaluate(params)
-                passes.append(out)
-                return grads
-
-            result, _ = method.update(
-                grads, state, params, descent_grad_fn=descent_grad_fn, **given
+        perturbed = _Perturbed(evaluate)
+        grads, _ = method.update(grads, state, params, descent_grad_fn=perturbed, **given)
+        if perturbed.first is None:
+            raise ValueError(
+                'aux_from must be "clean" for a transform that evaluates no perturbed '
+                f"gradient, got {aux_from!r}"
             )
-            if not passes:
-                raise ValueError(
-                    'aux_from must be "clean" for a transform that evaluates no perturbed '
-                    f"gradient, got {aux_from!r}"
-                )
-            return result, passes[0]
-
-        result, (_, *perturbed) = update()
-        return (clean[0], *perturbed), _numerics.conjugate(result)
+        return (clean[0], *perturbed.first[1:]), _numerics.conjugate(grads)
 
     def sharp(params: Any, carried: Any, args: Any, kwargs: Any) -> Result:
         if groups.axis_name is not None:
             params = _axes.vary(params, groups.axis_name)
-            carried = _groups.own_keys(carried, _axes.index(groups.axis_name))
+        carried = groups.of_device(carried)
         (loss, aux, carried), grads = groups.over_microbatches(
             lambda *rest: of_group(params, *rest), carried, args, kwargs
         )
@@ -127,14 +115,28 @@ def value_and_grad(
     return sharp
 
 
+class _Perturbed:
+    """A gradient function that keeps what its first pass gave beside the gradient."""
+
+    keeps_aux = True  # which cannot leave a branch of a cond: cadences refuse it
+
+    def __init__(self, evaluate: Callable[[Any], Result]):
+        self._evaluate = evaluate
+        self.first: Any = None
+
+    def __call__(self, params: Any) -> Any:
+        out, grads = self._evaluate(params)
+        self.first = self.first or out
+        return grads
+
+
 def value_and_grad_fn(
     loss: Loss, groups: Groups, *, allow_int: bool = False
 ) -> Callable[[Any, Any, Any, Any], tuple[tuple[Any, Any, Any], Any, Callable[[Any], Any]]]:
     """((loss, aux, carried), gradient, grad_fn): the clean pass, and the gradient elsewhere."""
 
     def start(params: Any, carried: Any, args: Any, kwargs: Any) -> Any:
-        if groups.axis_name is not None:
-            carried = _groups.own_keys(carried, _axes.index(groups.axis_name))
+        carried = groups.of_device(carried)
 
         def evaluate(params: Any) -> Result:
             return groups.over_microbatches(

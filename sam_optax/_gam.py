@@ -8,7 +8,7 @@ import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
-from sam_optax._sharpness_aware import checked, gradient_of, sharpness_aware
+from sam_optax._gradients import gradient_functions
 from sam_optax._types import GradFn, Radius
 
 
@@ -80,13 +80,16 @@ def gam(
       the accelerated form of the authors' code.
 
     Note:
-      Four gradient evaluations, one after another, and four gradients of
-      memory. The main text of the paper has a Hessian-vector product instead;
-      the published code and its settings, followed here, do not. beta0 enters
-      as |1 - beta0| only and g0 has weight 1, as executed there.
+      Four gradient evaluations, the caller's included, one after another, and
+      four gradients of memory. With descent_grad_fn, g1 and g3 in A come from
+      it and all else from grad_fn: five, since g1 is needed of both. The main
+      text of the paper has a Hessian-vector product instead; the published code
+      and its settings, followed here, do not. beta0 enters as |1 - beta0| only
+      and g0 has weight 1, as executed there.
     """
+    _checks.at_least("rho_inner", rho_inner, 0.0)
     _checks.at_least("gamma", gamma, 0.0)
-    outer, inner = dual_ascent(rho), sharpness_aware(dual_ascent(rho_inner))
+    outer, inner = dual_ascent(rho), dual_ascent(rho_inner)
 
     def init(params: optax.Params) -> GAMState:
         return GAMState(outer.init(params), inner.init(params))
@@ -98,17 +101,29 @@ def gam(
         *,
         grad_fn: GradFn | None = None,
         value_fn: Callable[[optax.Params], jax.Array] | None = None,
+        descent_grad_fn: GradFn | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GAMState]:
         del extra_args
-        _checks.given("params", params, "gradients are taken at perturbed copies of them")
-        grad_fn = checked(grad_fn or gradient_of(value_fn), updates)
-        g1, _ = inner.update(updates, state.inner, params, grad_fn=grad_fn)
-        growth = _numerics.map_wide(lambda g1, g0: g1 - g0, g1, updates)
+        ascent_grad_fn, descent = gradient_functions(
+            updates, params, grad_fn, value_fn, descent_grad_fn
+        )
+
+        def sam_step(g: Any, w: Any) -> tuple[optax.Params, optax.OptState]:
+            """Where SAM goes from w, and the memory of the radius."""
+            perturbation, memory = inner.update(g, state.inner, w)
+            return optax.apply_updates(w, perturbation), memory
+
+        near, _ = sam_step(updates, params)
+        g1 = descent(near)
+        # The direction of w1 is a difference of one function's gradients.
+        end = g1 if descent is ascent_grad_fn else ascent_grad_fn(near)
+        growth = _numerics.map_wide(lambda g1, g0: g1 - g0, end, updates)
         perturbation, outer_state = outer.update(growth, state.outer, params)
         w1 = optax.apply_updates(params, perturbation)
-        g2 = grad_fn(w1)
-        g3, inner_state = inner.update(g2, state.inner, w1, grad_fn=grad_fn)
+        g2 = ascent_grad_fn(w1)
+        beyond, inner_state = sam_step(g2, w1)
+        g3 = descent(beyond)
         A = _numerics.map_wide(lambda g1, g3: beta1 * g1 + (1 - beta1) * g3, g1, g3)
         M = _numerics.map_wide(lambda g2, g0: g0 + abs(1 - beta0) * g2, g2, updates)
         _, u = _numerics.norm_and_unit(A)

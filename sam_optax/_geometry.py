@@ -128,18 +128,20 @@ def eigen_sam(
       step 100, and the first refresh here is at step 0.
 
     Note:
-      Two gradient evaluations, and power_steps Hessian-vector products, about a
-      gradient each, every so many steps; one copy of the parameters in
-      the state.
+      Two gradient evaluations a step. A refresh linearises the gradient once
+      and takes power_steps Hessian-vector products of about 1.6 gradients each:
+      by default 9 gradients more in that step, measured on a dense network,
+      and 2.1 a step on average. One copy of the parameters in the state; while
+      it refreshes, also what the linearised gradient keeps.
     """
     _checks.at_least("rho", rho, 0.0)
     _checks.at_least("alpha", alpha, 0.0)
-    _checks.integer_at_least("every", every, 1)
-    _checks.integer_at_least("power_steps", power_steps, 1)
+    every = _checks.integer_at_least("every", every, 1)
+    power_steps = _checks.integer_at_least("power_steps", power_steps, 1)
 
     def init(params: optax.Params) -> EigenState:
         vector = _numerics.random_normal(_numerics.as_key(key), params)
-        return EigenState(jnp.zeros([], jnp.int32), _unit_like(vector), count_for(rho))
+        return EigenState(jnp.zeros([], jnp.int32), _unit_like(vector, vector), count_for(rho))
 
     def update(
         updates: optax.Updates,
@@ -152,11 +154,16 @@ def eigen_sam(
         del extra_args
 
         def refreshed(vector: optax.Updates) -> optax.Updates:
-            _, hessian_product = jax.linearize(grad_fn, params)
-            top = jax.lax.fori_loop(
-                0, power_steps, lambda _, v: _unit_like(hessian_product(v)), vector
-            )
-            return _numerics.keep_if_nonfinite(top, top, vector)
+            weights, replaced = _numerics.perturbable_part(params)
+            start, completed = _numerics.perturbable_part(vector)
+
+            def gradient(weights: list[Any]) -> list[Any]:
+                return _numerics.perturbable_part(grad_fn(replaced(weights)))[0]
+
+            _, hessian_product = jax.linearize(gradient, weights)
+            step = lambda _, v: _unit_like(v, hessian_product(v))
+            top = jax.lax.fori_loop(0, power_steps, step, start)
+            return completed(_numerics.keep_if_nonfinite(top, top, start))
 
         vector = jax.lax.cond(state.count % every == 0, refreshed, lambda v: v, state.vector)
         radius, rho_state = scheduled(rho, state.rho)
@@ -173,6 +180,7 @@ def eigen_sam(
     return sharpness_aware(transformation(init, update))
 
 
-def _unit_like(tree: Any) -> Any:
+def _unit_like(like: Any, tree: Any) -> Any:
+    """The direction of the tree in the dtypes of another."""
     _, direction = _numerics.norm_and_unit(tree)
-    return _numerics.map_wide(lambda x, u: u, tree, direction)
+    return _numerics.map_wide(lambda _, u: u, like, direction)

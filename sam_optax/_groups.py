@@ -97,6 +97,18 @@ class Groups:
         rest = jax.tree.map(lambda x: x[0], rest)
         return (loss, _joined(averaged, own), _joined(averageable, rest)), grads
 
+    def of_device(self, carried: Any) -> Any:
+        """The carried as a device starts from it: with keys of its own, and floats marked as such.
+
+        Equinox refuses a new value of a state that varies where the old one did not.
+        """
+        if self.axis_name is None:
+            return carried
+        floats, rest = _parted(carried, jax.tree.map(_is_inexact, carried))
+        carried = _joined(_axes.vary(floats, self.axis_name), rest)
+        index = _axes.index(self.axis_name)
+        return jax.tree.map(lambda x: _own_key(x, index), carried)
+
     def over_devices(self, tree: Any) -> Any:
         """Mean over the mapped axis, if there is one."""
         return tree if self.axis_name is None else _axes.mean(tree, self.axis_name)
@@ -258,12 +270,8 @@ def _is_legacy_key(x: Any) -> bool:
     return getattr(x, "dtype", None) == np.uint32 and np.shape(x) in ((2,), (4,))
 
 
-def own_keys(tree: Any, index: jax.Array) -> Any:
-    """Groups share all that is not split, but not their randomness."""
-    return jax.tree.map(lambda x: _own_key(x, index), tree)
-
-
 def _own_key(x: Any, index: jax.Array) -> Any:
+    """Groups share all that is not split, but not their randomness."""
     if not is_key(x):
         return x
     fold = jax.random.fold_in

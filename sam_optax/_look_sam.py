@@ -56,7 +56,7 @@ def look_sam(
       1 + 1/k gradient evaluations a step; one copy of the parameters in the
       state.
     """
-    _checks.integer_at_least("k", k, 1)
+    k = _checks.integer_at_least("k", k, 1)
     _checks.at_least("alpha", alpha, 0.0)
 
     def keep(
@@ -74,7 +74,8 @@ def look_sam(
         # Where g_s is parallel to g the rest is rounding, which its norm would blow up.
         length, direction = _numerics.norm_and_unit(part)
         whole, _ = _numerics.norm_and_unit(updates)
-        noise = 10 * max(jnp.finfo(x.dtype).eps for x in jax.tree.leaves(state)) * whole
+        rounding = [jnp.finfo(x.dtype).eps for x in _numerics.perturbable_part(state)[0]]
+        noise = 10 * max(rounding, default=0.0) * whole
         new = _numerics.map_wide(lambda kept, d: jnp.where(length > noise, d, 0), state, direction)
         return updates, _numerics.keep_if_nonfinite(updates, new, state)
 

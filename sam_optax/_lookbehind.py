@@ -8,7 +8,7 @@ import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
-from sam_optax._sharpness_aware import checked, gradient_of
+from sam_optax._gradients import gradient_functions
 from sam_optax._types import GradFn, Normalization, Radius
 
 
@@ -83,9 +83,11 @@ def lookbehind(
     Note:
       k + 1 gradient evaluations, the caller's included: the gradient after one
       ascent is the one before the next, which the authors' code computes twice
-      (2k). The k steps are written out in the compiled program.
+      (2k); so it is here with descent_grad_fn, from which the k descents then
+      come while grad_fn serves the ascents. The k steps are written out in the
+      compiled program.
     """
-    _checks.integer_at_least("k", k, 1)
+    k = _checks.integer_at_least("k", k, 1)
     if alpha is not None:
         _checks.in_interval("alpha", alpha, "[0, 1]")
     base = optax.with_extra_args_support(base)
@@ -101,19 +103,24 @@ def lookbehind(
         *,
         grad_fn: GradFn | None = None,
         value_fn: Callable[[optax.Params], jax.Array] | None = None,
+        descent_grad_fn: GradFn | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LookbehindState]:
-        _checks.given("params", params, "the gradients are taken at perturbed copies of them")
-        grad_fn = checked(grad_fn or gradient_of(value_fn), updates)
-        extra_args |= {"grad_fn": grad_fn, "value_fn": value_fn}
-        gradient, high, fast = updates, params, params
+        climb, descend = gradient_functions(updates, params, grad_fn, value_fn, descent_grad_fn)
+        extra_args |= {"grad_fn": descend, "value_fn": value_fn}
+        climbed = gradient = updates
+        high, fast = params, params
         ascent_state, base_state = state.ascent, state.base
         ways = []
-        for _ in range(k):
-            perturbation, ascent_state = ascent.update(gradient, state.ascent, high)
+        for i in range(k):
+            if i:
+                climbed = gradient if climb is descend else climb(high)
+            perturbation, ascent_state = ascent.update(climbed, state.ascent, high)
             high = optax.apply_updates(high, perturbation)
-            gradient = grad_fn(high)
-            step, base_state = base.update(gradient, base_state, fast, **extra_args)
+            gradient = descend(high)
+            step, base_state = base.update(
+                _numerics.movable(gradient), base_state, fast, **extra_args
+            )
             ways.append(optax.tree.add(ways[-1], step) if ways else step)
             fast = optax.apply_updates(params, ways[-1])
         first, whole = ways[0], ways[-1]

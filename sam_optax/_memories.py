@@ -274,7 +274,7 @@ def momentum_sam(
         radius, rho_state = scheduled(rho, state[1])
         # The ascent direction comes from the memory, the clean gradient is not looked at.
         along = dual_ascent(radius).update(velocity, optax.EmptyState())[0]
-        against = optax.stateless(lambda updates, params: jax.tree.map(jnp.negative, along))
+        against = optax.stateless(lambda updates, params: _numerics.map_wide(jnp.negative, along))
         method = sharpness_aware(against)
         perturbed, _ = method.update(updates, method.init(params), params, **extra_args)
         new = _numerics.map_wide(lambda v, g: momentum * v + g, velocity, perturbed)

@@ -14,7 +14,7 @@ from sam_optax._types import Mask, Normalization, Radius
 def sam(
     rho: Radius = 0.05,
     *,
-    p: jax.typing.ArrayLike = 2.0,
+    p: jax.typing.ArrayLike | None = None,
     mask: Mask | None = None,
     second_order: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -31,7 +31,8 @@ def sam(
         number, a traced scalar or a schedule of the step. Start at 0.05; small
         networks often take 0.1 to 0.4. Above the best value training
         collapses abruptly.
-      p: order of the norm, from 1 to infinity; the paper finds 2 the best.
+      p: order of the norm, from 1 to infinity, see `dual_ascent`; None is 2, which
+        the paper finds the best.
       mask: leaves that are perturbed, see `dual_ascent`.
       second_order: keep the term that the paper drops, see `sharpness_aware`.
 
@@ -68,8 +69,8 @@ def asam(
     rho: Radius = 0.5,
     eta: jax.typing.ArrayLike = 0.01,
     *,
-    p: jax.typing.ArrayLike = 2.0,
-    normalization: Callable[[jax.typing.ArrayLike, bool], Normalization] = elementwise,
+    p: jax.typing.ArrayLike | None = None,
+    normalization: Callable[[jax.typing.ArrayLike, bool], Normalization] | None = None,
     normalize_bias: bool = False,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -85,13 +86,14 @@ def asam(
       rho: radius relative to the weights, at least 0: a number, a traced
         scalar or a schedule. Start at 0.5, or at 2 with normalize_bias.
       eta: added to T, at least 0; 0 makes the invariance exact.
-      p: order of the norm, from 1 to infinity.
-      normalization: one of `elementwise`, `filterwise`, `layerwise`, or any
-        function called with eta and normalize_bias that returns a function
-        from params to T. With `optax.inject_hyperparams`, name it in
-        static_args, which else takes functions for schedules.
+      p: order of the norm, from 1 to infinity; None is 2.
+      normalization: one of `elementwise`, which None is, `filterwise`,
+        `layerwise`, or any function called with eta and normalize_bias that
+        returns a function from params to T. With `optax.inject_hyperparams`
+        name it in static_args if you give it: functions are schedules there.
       normalize_bias: whether biases (leaves with fewer than two dimensions)
-        have T = |b| + eta too; by default T = 1, as in the authors' code.
+        have T = |b| + eta too; by default T = 1. The authors' code has T = 1 on
+        biases, but not on the scales of normalization layers.
       mask: leaves that are perturbed, see `dual_ascent`.
 
     Returns:
@@ -119,5 +121,5 @@ def asam(
     Note:
       Two gradient evaluations a step and one copy of the parameters.
     """
-    operator = normalization(eta, normalize_bias)
+    operator = (normalization or elementwise)(eta, normalize_bias)
     return sharpness_aware(dual_ascent(rho, p=p, normalization=operator, mask=mask))

@@ -24,8 +24,7 @@ def random_perturbation(
     r"""Random weight perturbation: the gradient of the loss smoothed by Gaussian noise.
 
     A flat minimum on average rather than in the worst case, at the price of
-    one gradient per sample and with no ascent. With micro-batches each group
-    of examples gets noise of its own by a key of its own.
+    one gradient per sample and with no ascent.
 
         out = mean over samples of grad L(w + n),  n ~ N(0, (std ||w_f||)^2)
 
@@ -61,10 +60,16 @@ def random_perturbation(
     Note:
       One gradient evaluation per sample, and a normal variable per parameter,
       which on a CPU takes longer for a small dense network; inside jit the
-      gradients given are never computed.
+      gradients given are never computed. Low-pass filtering SGD differs: it
+      splits the batch into M parts with one draw of noise each, so that a step
+      costs one gradient of the batch, and raises std along a cosine. For that,
+      give std a schedule of calls and update once per part with the grad_fn of
+      the part, in `optax.chain(random_perturbation(std),
+      optax.MultiSteps(optimizer, M).gradient_transformation())`; the
+      micro-batches of `value_and_grad` do not take a method with state.
     """
     _checks.at_least("std", std, 0.0)
-    _checks.integer_at_least("samples", samples, 1)
+    samples = _checks.integer_at_least("samples", samples, 1)
 
     first, draw = _numerics.key_stream(key)
 

@@ -28,8 +28,11 @@ def elementwise(eta: jax.typing.ArrayLike = 0.01, normalize_bias: bool = False) 
       eta: added to |w| so that a zero weight still moves; at least 0. With 0
         the scale invariance is exact and zero weights stay unperturbed.
       normalize_bias: whether leaves with fewer than two dimensions (biases,
-        normalization scales) are normalised as well. The authors' code leaves
-        them at T = 1 and uses rho 0.5; with True a rho of about 2 fits.
+        normalization scales) are normalised as well. With True a rho of about
+        2 fits, with False the authors' 0.5. Their code goes by name: it
+        normalises every parameter called weight, the scales of normalization
+        layers too, and leaves T = 1 on biases. For that give `dual_ascent` a
+        function of your own.
 
     Returns:
       A function from the parameters to T, a tree of the same structure in
@@ -90,7 +93,7 @@ def filterwise(eta: jax.typing.ArrayLike = 0.01, normalize_bias: bool = False) -
 
 
 def layerwise(eta: jax.typing.ArrayLike = 0.01, normalize_bias: bool = False) -> Normalization:
-    """Layer-wise normalization operator: one scale a leaf.
+    """Layer-wise normalization operator of ASAM: one scale a leaf.
 
     The perturbation of each leaf is proportional to the square of its norm,
     so layers with large weights carry it. Cheapest of the three.
@@ -115,8 +118,10 @@ def layerwise(eta: jax.typing.ArrayLike = 0.01, normalize_bias: bool = False) ->
       5.0
 
     References:
+      Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, section 3.
       Mueller et al., `Normalization Layers Are All That Sharpness-Aware
-      Minimization Needs <https://arxiv.org/abs/2306.04226>`_, 2023.
+      Minimization Needs <https://arxiv.org/abs/2306.04226>`_, 2023, train with
+      it; their code has ||w|| (1 + eta), where eta cannot move a leaf of zeros.
     """
     return _operator(_numerics.safe_norm, eta, normalize_bias)
 

@@ -49,9 +49,29 @@ def movable(gradients: Any) -> Any:
     return jax.tree.map(leaf, gradients)
 
 
+def perturbable_part(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The leaves of a tree that are perturbed, and a function that puts others in their place.
+
+    What is differentiated is these: integers have no gradients to speak of.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if is_perturbable(leaf)]
+
+    def replaced(part: list[Any]) -> Any:
+        new = list(leaves)
+        for i, leaf in zip(places, part, strict=True):
+            new[i] = leaf
+        return jax.tree.unflatten(treedef, new)
+
+    return [leaves[i] for i in places], replaced
+
+
 def as_key(key: int | jax.Array) -> jax.Array:
-    """A typed key, from a seed or a key."""
-    return jax.random.key(int(key)) if isinstance(key, int | np.integer) else key
+    """A typed key, from a seed, which may be traced, or a key."""
+    if isinstance(key, int | np.integer):
+        return jax.random.key(int(key))
+    is_seed = jnp.issubdtype(jnp.result_type(key), jnp.integer) and jnp.ndim(key) == 0
+    return jax.random.key(key) if is_seed else jnp.asarray(key)
 
 
 def key_stream(key: int | jax.Array) -> tuple[jax.Array, Callable[..., Any]]:
@@ -94,6 +114,25 @@ def random_normal(key: jax.Array, tree: Any) -> Any:
     return jax.tree.unflatten(treedef, noise)
 
 
+def largest(leaves: list[Any]) -> jax.Array:
+    """The largest modulus of any entry, in float32 or wider; NaN if there is one."""
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(widened(x))) for x in leaves]))
+
+
+def to_one(size: jax.Array) -> jax.Array:
+    """A power of two that brings a size near 1: exact, and as good as constant to a derivative.
+
+    It is 1 for 0 and for what is not finite, and a normal number throughout.
+    """
+    size = jax.lax.stop_gradient(size)
+    limits = jnp.finfo(size.dtype)
+    bits = jax.lax.bitcast_convert_type(size, jnp.int64 if limits.bits == 64 else jnp.int32)
+    # The exponent of a float is stored with a bias, and opposite exponents add up to twice that.
+    opposite = jnp.maximum(2 * (limits.maxexp - 1) - (bits >> limits.nmant), 1)
+    power = jax.lax.bitcast_convert_type(opposite << limits.nmant, size.dtype)
+    return jnp.where(jnp.isfinite(size) & (size > 0), power, 1)
+
+
 # Jitted, because a cond outside of jit is compiled anew at every call.
 @jax.jit
 def factor_and_norm(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
@@ -101,7 +140,7 @@ def factor_and_norm(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
 
     One pass over memory for ordinary v: a sum of squares that is finite has
     not overflowed, and one well above the smallest float has lost nothing that
-    counts. Only the others pay for a second pass. Leaves of low precision are
+    counts. Only the others pay for two more. Leaves of low precision are
     widened inside, so that no wide copy is kept.
     """
 
@@ -119,10 +158,8 @@ def factor_and_norm(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
         return jnp.where(usual, 1, total), jnp.sqrt(jnp.where(usual, total, 1))
 
     def careful(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
-        # The largest whose square is finite: XLA may compute (x f)^2 as x^2 f^2 for constants.
-        shift = 2.0 ** (limits.maxexp // 2 - 1)
-        factor = jnp.where(total < 1, shift, 1 / shift).astype(total.dtype)
-        small = square(leaves, jax.lax.stop_gradient(factor))
+        factor = to_one(largest(leaves)).astype(total.dtype)
+        small = square(leaves, factor)
         zero = small == 0
         return factor, jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, small)))
 

@@ -27,8 +27,8 @@ def k_sam(
     r"""K-SAM: both gradients of SAM on the k examples of highest loss.
 
     One forward pass over the batch finds them. With k a third of the batch a
-    step costs no more than one of plain SGD; prefer it to `sam` where that
-    counts, and where no examples are mislabelled (those have high losses).
+    step costs 1.03 of one of plain SGD; prefer it to `sam` where that counts,
+    and where no examples are mislabelled (those have high losses).
 
         S = the k largest of l_i(w);  g = grad mean_S l(w)
         out = grad mean_S l(w + rho g/||g||)
@@ -73,7 +73,7 @@ def k_sam(
       quarter, and 2 for SAM. No code of the authors is public; this is the
       method of their abstract, with one choice for both gradients.
     """
-    _checks.integer_at_least("k", k, 1)
+    k = _checks.integer_at_least("k", k, 1)
     method = sam(_constant(rho))
     evaluate = functools.partial(_losses_and_aux, loss_fn, has_aux)
 
@@ -164,7 +164,7 @@ def esam(
       no time.
     """
     _checks.in_interval("beta", beta, "(0, 1]")
-    _checks.in_interval("gamma", gamma, "(0, 1]")
+    gamma = _checks.in_interval("gamma", gamma, "(0, 1]")
     method = sam(_constant(rho) / beta)
     evaluate = functools.partial(_losses_and_aux, loss_fn, has_aux)
 

@@ -1,5 +1,6 @@
 """SAMPa: two gradients a step that do not wait for each other."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
-from sam_optax._sharpness_aware import checked
+from sam_optax._gradients import checked, gradient_functions
 from sam_optax._types import GradFn, Radius
 
 
@@ -50,9 +51,11 @@ def sampa(
 
     Returns:
       An optimizer: the updates are to be added to params. Its update needs
-      params and two functions from params to gradients: grad_fn for the
-      current batch and previous_grad_fn for the batch of the step before (at
-      the first step, the current one). Keep the previous batch in your loop.
+      params and two functions from params to gradients: grad_fn (or value_fn)
+      for the current batch and previous_grad_fn for the batch of the step
+      before (at the first step, the current one). Keep the previous batch in
+      your loop. With descent_grad_fn, the q of the mixture comes from it and
+      the u that is kept from grad_fn, one evaluation more.
       The gradient given as updates is not used, only its structure.
 
     Raises:
@@ -103,23 +106,24 @@ def sampa(
         params: Any = None,
         *,
         grad_fn: GradFn | None = None,
+        value_fn: Callable[[optax.Params], jax.Array] | None = None,
         previous_grad_fn: GradFn | None = None,
+        descent_grad_fn: GradFn | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SAMPaState]:
-        _checks.given("params", params, "gradients are taken at two points near them")
-        _checks.given("grad_fn", grad_fn, "gradients of the current batch")
-        _checks.given("previous_grad_fn", previous_grad_fn, "gradients of the batch before it")
-        grad_fn, previous_grad_fn = (
-            checked(grad_fn, updates),
-            checked(previous_grad_fn, updates),
-        )
+        ascend, descend = gradient_functions(updates, params, grad_fn, value_fn, descent_grad_fn)
+        previous = checked("previous_grad_fn", previous_grad_fn, updates)
         perturbation, ascent_state = ascent.update(state.gradient, state.ascent, params)
-        p = previous_grad_fn(optax.apply_updates(params, perturbation))
+        p = previous(optax.apply_updates(params, perturbation))
         ahead, _ = base.update(state.gradient, state.base, params, **extra_args)
-        q = grad_fn(optax.apply_updates(params, ahead))
-        mixed = _numerics.map_wide(lambda p, q: (1 - lmbda) * p + lmbda * q, p, q)
+        y = optax.apply_updates(params, ahead)
+        q = descend(y)
+        u = q if descend is ascend else ascend(y)
+        mixed = _numerics.map_wide(
+            lambda p, q: (1 - lmbda) * p + lmbda * q, _numerics.movable(p), q
+        )
         result, base_state = base.update(mixed, state.base, params, **extra_args)
-        gradient = jax.tree.map(lambda q, u: q.astype(u.dtype), q, state.gradient)
+        gradient = _numerics.map_wide(lambda old, u: u, state.gradient, u)
         return result, SAMPaState(gradient, ascent_state, base_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

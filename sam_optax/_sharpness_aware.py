@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_optax import _checks, _numerics
+from sam_optax import _numerics
+from sam_optax._gradients import gradient_functions, refuse_in_branch
 from sam_optax._types import GradFn, When, transformation
 
 
@@ -59,7 +60,9 @@ def sharpness_aware(
       ascent: turns the gradient into the perturbation e. It gets grad_fn and
         all extra arguments.
       descent: turns g_s into the result; the identity by default. It gets, as
-        extra arguments, clean (g), perturbation (e), grad_fn and the rest.
+        extra arguments, clean (g), perturbation (e), grad_fn, here the function
+        that g_s came from, descent_grad_fn (None unless given, and then clean
+        came from another function than g_s) and the rest.
       when: cadence, whether to pay for g_s at this step: a function of the
         step count to a boolean, or a transformation whose update returns a
         boolean (with memory: a key, running statistics). By default always.
@@ -83,8 +86,10 @@ def sharpness_aware(
       has the structure of the gradient.
 
     Raises:
-      ValueError: at the call, if params or both of grad_fn and value_fn are
-        missing, or grad_fn returns another structure than the updates.
+      ValueError: at the call, if params, both of grad_fn and value_fn, or an
+        argument that a rule requires are missing, or if grad_fn takes more than
+        params, returns another structure than the updates, or fails where
+        optax.masked hides parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sam_optax
@@ -109,9 +114,9 @@ def sharpness_aware(
       With a cadence, convolutions on a CPU are slow: inside of `jax.lax.cond`
       XLA compiles their gradients some ten times slower there.
     """
-    ascent = optax.with_extra_args_support(ascent)
-    descent = optax.with_extra_args_support(descent or optax.identity())
-    otherwise = optax.with_extra_args_support(otherwise or optax.identity())
+    ascent = rule(ascent)
+    descent = rule(descent or optax.identity())
+    otherwise = rule(otherwise or optax.identity())
     cadence = None if when is None else cadence_of(when)
 
     def init(params: optax.Params) -> SharpnessAwareState:
@@ -131,45 +136,56 @@ def sharpness_aware(
         descent_grad_fn: GradFn | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SharpnessAwareState]:
-        _checks.given("params", params, "the gradient is taken at a perturbed copy of them")
-        grad_fn = checked(grad_fn or gradient_of(value_fn), updates)
-        perturbed_grad_fn = checked(descent_grad_fn, updates) if descent_grad_fn else grad_fn
-        extra_args |= {"grad_fn": grad_fn, "value_fn": value_fn}
+        ascent_grad_fn, perturbed_grad_fn = gradient_functions(
+            updates, params, grad_fn, value_fn, descent_grad_fn
+        )
+        to_ascent = extra_args | {"grad_fn": ascent_grad_fn, "value_fn": value_fn}
+        # All that a descent rule computes with g_s comes from the function that gave g_s.
+        to_descent = to_ascent | {
+            "grad_fn": perturbed_grad_fn,
+            "descent_grad_fn": perturbed_grad_fn if descent_grad_fn else None,
+            "clean": updates,
+        }
 
         def ascend(
             gradient: optax.Updates, params: optax.Params
         ) -> tuple[optax.Updates, optax.OptState]:
-            return ascent.update(gradient, state.ascent, params, **extra_args)
+            return ascent.update(gradient, state.ascent, params, **to_ascent)
 
         def aware() -> tuple[optax.Updates, optax.OptState, optax.OptState]:
             if second_order:
-                perturbation, chain_rule, memory = jax.vjp(
-                    lambda w: ascend(grad_fn(w), w), params, has_aux=True
-                )
+                part, replaced = _numerics.perturbable_part(params)
+
+                def ascend_from(part: list[Any]) -> Any:
+                    w = replaced(part)
+                    perturbation, memory = ascend(ascent_grad_fn(w), w)
+                    return _numerics.perturbable_part(perturbation)[0], (perturbation, memory)
+
+                moves, chain_rule, (perturbation, memory) = jax.vjp(ascend_from, part, has_aux=True)
                 perturbed = perturbed_grad_fn(optax.apply_updates(params, perturbation))
-                (term,) = chain_rule(_numerics.conjugate(perturbed))
-                perturbed = optax.apply_updates(perturbed, _numerics.conjugate(term))
+                ends, completed = _numerics.perturbable_part(perturbed)
+                along = [g.astype(e.dtype) for g, e in zip(ends, moves, strict=True)]
+                (term,) = chain_rule(_numerics.conjugate(along))
+                perturbed = completed(_numerics.map_wide(jnp.add, ends, _numerics.conjugate(term)))
             else:
                 perturbation, memory = ascend(updates, params)
                 perturbed = perturbed_grad_fn(optax.apply_updates(params, perturbation))
-            given = {"clean": updates, "perturbation": perturbation}
             result, descent_memory = descent.update(
-                perturbed, state.descent, params, **extra_args, **given
+                perturbed, state.descent, params, **to_descent, perturbation=perturbation
             )
             return result, memory, descent_memory
 
         def plain() -> tuple[optax.Updates, optax.OptState, optax.OptState]:
             # The perturbation is unused, so the compiler drops its cost.
             _, memory = ascend(updates, params)
-            result, descent_memory = otherwise.update(
-                updates, state.descent, params, **extra_args, clean=updates
-            )
+            result, descent_memory = otherwise.update(updates, state.descent, params, **to_descent)
             return result, memory, descent_memory
 
         if cadence is None:
             result, memory, descent_memory = aware()
             return result, SharpnessAwareState(state.cadence, memory, descent_memory)
-        pay, cadence_memory = cadence.update(updates, state.cadence, params, **extra_args)
+        refuse_in_branch(descent_grad_fn)
+        pay, cadence_memory = cadence.update(updates, state.cadence, params, **to_ascent)
         result, memory, descent_memory = jax.lax.cond(
             pay, in_one_dtype(aware, updates, params), in_one_dtype(plain, updates, params)
         )
@@ -178,10 +194,16 @@ def sharpness_aware(
     return transformation(init, update)
 
 
+def rule(given: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """A rule that takes extra arguments, and names the one that it needs and does not get."""
+    given = optax.with_extra_args_support(given)
+    return transformation(given.init, given.update)
+
+
 def cadence_of(when: When) -> optax.GradientTransformationExtraArgs:
     """A cadence as a transformation from a gradient to a boolean."""
     if isinstance(when, optax.GradientTransformation):
-        return optax.with_extra_args_support(when)
+        return rule(when)
 
     def init(params: optax.Params) -> CadenceState:
         del params
@@ -196,33 +218,14 @@ def cadence_of(when: When) -> optax.GradientTransformationExtraArgs:
     return transformation(init, update)
 
 
-def gradient_of(value_fn: Callable[[optax.Params], jax.Array] | None) -> GradFn | None:
-    if value_fn is None:
-        return None
-    return lambda params: _numerics.conjugate(jax.grad(value_fn)(params))
-
-
-def checked(grad_fn: GradFn | None, updates: optax.Updates) -> GradFn:
-    """The gradient function, with its result checked against the gradient given."""
-    _checks.given("grad_fn or value_fn", grad_fn, "it evaluates the perturbed gradient")
-    assert grad_fn is not None
-
-    def checked_gradient(params: optax.Params) -> optax.Updates:
-        gradient = grad_fn(params)
-        _checks.same_structure("the result of grad_fn", gradient, updates)
-        return gradient
-
-    return checked_gradient
-
-
 def in_one_dtype(
     branch: Callable[[], tuple[Any, ...]], updates: optax.Updates, params: optax.Params
 ) -> Callable[[], tuple[Any, ...]]:
     """Both branches of a cond must agree, though the clean gradient may be of lower precision."""
 
     def leaf_cast(result: Any, update: Any, param: Any) -> Any:
-        if not jnp.issubdtype(jnp.result_type(result), jnp.inexact):
-            return result
+        if not jnp.issubdtype(jnp.result_type(update), jnp.inexact):
+            return update  # of an integer leaf, 0 or float0, as it came
         return jnp.asarray(result, jnp.promote_types(update.dtype, param.dtype))
 
     def cast() -> tuple[Any, ...]:

@@ -1,10 +1,10 @@
 """Methods that perturb a part of the parameters: by z-score, by Fisher information, by layer."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sam_optax import _checks, _numerics
@@ -20,7 +20,9 @@ class SparseState(NamedTuple):
     mask: Any
 
 
-def z_sharp(rho: Radius = 0.05, quantile: float = 0.95) -> optax.GradientTransformationExtraArgs:
+def z_sharp(
+    rho: Radius = 0.05, quantile: jax.typing.ArrayLike = 0.95
+) -> optax.GradientTransformationExtraArgs:
     r"""ZSharp: ascends along the few entries of each layer with the largest z-scores.
 
     Every leaf with two or more dimensions gets a perturbation of its own, of
@@ -60,7 +62,7 @@ def z_sharp(rho: Radius = 0.05, quantile: float = 0.95) -> optax.GradientTransfo
       quantiles, which count where a gradient is cheap.
     """
     _checks.at_least("rho", rho, 0.0)
-    _checks.in_interval("quantile", quantile, "[0, 1)")
+    quantile = _checks.in_interval("quantile", quantile, "[0, 1)")
 
     def update(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
@@ -83,7 +85,7 @@ def z_sharp(rho: Radius = 0.05, quantile: float = 0.95) -> optax.GradientTransfo
 
 
 def sparse_sam(
-    rho: Radius = 0.05, sparsity: float = 0.5, every: int = 100
+    rho: Radius = 0.05, sparsity: jax.typing.ArrayLike = 0.5, every: int = 100
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sparse SAM: perturbs only the entries with the largest Fisher information.
 
@@ -124,8 +126,8 @@ def sparse_sam(
       thirty passes over the gradient when the mask is refreshed.
     """
     _checks.at_least("rho", rho, 0.0)
-    _checks.in_interval("sparsity", sparsity, "[0, 1)")
-    _checks.integer_at_least("every", every, 1)
+    sparsity = _checks.in_interval("sparsity", sparsity, "[0, 1)")
+    every = _checks.integer_at_least("every", every, 1)
 
     def init(params: optax.Params) -> SparseState:
         mask = jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params)
@@ -142,8 +144,11 @@ def sparse_sam(
                 updates,
             )
             entries = jax.tree.leaves(sizes)
+            if not entries:
+                return state.mask
             total = sum(x.size for x in entries)
-            least = _smallest(entries, total - max(round(total * (1 - sparsity)), 1))
+            kept = _rounded("round", total * (1 - sparsity))
+            least = _smallest(entries, total - jnp.maximum(kept, 1))
             # A step that a guard will skip must not spoil the mask.
             finite = jnp.all(jnp.isfinite(jnp.stack([jnp.max(x) for x in entries])))
             return jax.tree.map(
@@ -164,7 +169,14 @@ def sparse_sam(
     return sharpness_aware(optax.chain(dual_ascent(rho), masked))
 
 
-def _smallest(arrays: list[jax.Array], k: int) -> jax.Array:
+def _rounded(rounding: str, place: Any) -> Any:
+    """The place as an integer; in double precision, unless it is traced."""
+    if _checks.is_traced(place):
+        return getattr(jnp, rounding)(place).astype(jnp.int32)
+    return int(getattr(np, rounding)(place))
+
+
+def _smallest(arrays: list[jax.Array], k: Any) -> jax.Array:
     """The k-th smallest entry, from 0, of arrays without negative ones.
 
     Bisects over the bits, which are in the order of the numbers: it needs no
@@ -184,14 +196,15 @@ def _smallest(arrays: list[jax.Array], k: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(found, dtype)
 
 
-def _quantile(x: jax.Array, q: float) -> jax.Array:
+def _quantile(x: jax.Array, q: Any) -> jax.Array:
     """As `jnp.quantile` of an array without negative entries."""
     place = q * (x.size - 1)
-    low = _smallest([x], math.floor(place))
+    whole = _rounded("floor", place)
+    low = _smallest([x], whole)
     above = jnp.min(jnp.where(x > low, x, jnp.inf))
-    following = jnp.where(jnp.sum(x <= low) > math.floor(place) + 1, low, above)
-    weight = place - math.floor(place)
-    return low if weight == 0 else low * (1 - weight) + following * weight
+    following = jnp.where(jnp.sum(x <= low) > whole + 1, low, above)
+    weight = place - whole
+    return low * (1 - weight) + jnp.where(weight == 0, 0, following) * weight
 
 
 def normalization_mask(params: optax.Params) -> Any:

@@ -96,13 +96,13 @@ def multi_step_sam(
       steps + 1 gradient evaluations and one copy of the parameters.
     """
     _checks.at_least("rho", rho, 0.0)
-    _checks.integer_at_least("steps", steps, 1)
+    steps = _checks.integer_at_least("steps", steps, 1)
     if step_size is not None:
         _checks.at_least("step_size", step_size, 0.0)
 
     def init(params: optax.Params) -> tuple[optax.OptState, optax.OptState]:
         del params
-        return count_for(rho), count_for(step_size or 0.0)
+        return count_for(rho), count_for(0.0 if step_size is None else step_size)
 
     def update(
         updates: optax.Updates,
@@ -114,8 +114,8 @@ def multi_step_sam(
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
         radius, rho_state = scheduled(rho, state[0])
-        length, step_state = scheduled(step_size or 0.0, state[1])
-        step = dual_ascent(radius / steps if step_size is None else length)
+        length, step_state = scheduled(radius / steps if step_size is None else step_size, state[1])
+        step = dual_ascent(length)
         perturbation = optax.tree.zeros_like(_numerics.movable(updates))
         for i in range(steps):
             gradient = grad_fn(optax.apply_updates(params, perturbation)) if i else updates

@@ -16,6 +16,13 @@ import numpy as np
 def batches(data: Any) -> Iterable[Any]:
     """The batches of a data set, to be iterated any number of times."""
     if isinstance(data, list):
+        dimensions = {np.ndim(batch) for batch in data if hasattr(batch, "shape")}
+        if len(dimensions) > 1:
+            raise ValueError(
+                "data must be a list of batches that are alike, got arrays of "
+                f"{sorted(dimensions)} dimensions (inputs and labels of one batch go into a "
+                "tuple: (x, y), or [(x, y)])"
+            )
         return data
     if not jax.tree_util.all_leaves([data]) or hasattr(data, "shape"):
         return [jax.device_put(data)]  # moved once, not once a pass
@@ -58,7 +65,7 @@ def mean(data: Iterable[Any], evaluate: Callable[[Any], Any]) -> tuple[Any, int]
             blend = _blend_arrays if isinstance(value, np.ndarray) else _blend
             result = blend(result, value, count / total)
     if result is None:
-        raise ValueError(f"data must hold at least one batch, got {data!r}")
+        raise ValueError(f"data must hold at least one batch in every pass, got none of {data!r}")
     return result, total
 
 

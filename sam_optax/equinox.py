@@ -44,7 +44,9 @@ def value_and_grad(
       **options: the other options of `sam_optax.value_and_grad`. Over groups of
         examples the floats of an `eqx.nn.State` in aux are averaged, and the
         rest of it (counts, alike in all groups) is kept once. A state, and a
-        module among the arguments, is never split by microbatch_size.
+        module among the arguments, is never split by microbatch_size. Keys in
+        them are folded with the index of the group; over devices a state should
+        hold none, because each device would return another one.
 
     Returns:
       A function of the arguments of loss_fn that returns (loss, grads), or
@@ -62,7 +64,8 @@ def value_and_grad(
       ... def step(model, opt_state, x, y):
       ...     loss_fn = lambda model, x, y: jnp.mean((jax.vmap(model)(x) - y) ** 2)
       ...     loss, grads = sam_optax.equinox.value_and_grad(loss_fn)(model, x, y)
-      ...     updates, opt_state = tx.update(grads, opt_state, model)
+      ...     params = eqx.filter(model, eqx.is_inexact_array)
+      ...     updates, opt_state = tx.update(grads, opt_state, params)
       ...     return eqx.apply_updates(model, updates), opt_state, loss
       >>> opt_state, losses = tx.init(eqx.filter(model, eqx.is_inexact_array)), []
       >>> for _ in range(50):
@@ -76,7 +79,10 @@ def value_and_grad(
       <https://arxiv.org/abs/2010.01412>`_, 2020, algorithm 1.
 
     Note:
-      Costs what the transform costs, two gradients for `sam`.
+      Costs what the transform costs, two gradients for `sam`. With or without
+      this door, `eqx.nn.BatchNorm` of Equinox 0.13 does not run under shard_map
+      with replication checking, nor, with mode="ema", in any shard_map or pmap
+      since jax 0.10: take mode="batch" and check_vma=False.
     """
     groups, rest = _doors.split_options(options, _doors.Options, first=1)
     _doors.check(transform, **rest)
@@ -215,8 +221,8 @@ class _Call:
     """The arguments of one call, taken apart: params, states and modules, and arrays."""
 
     def __init__(self, model: Any, args: Any, kwargs: Any, filter_spec: Any):
-        self.params, self._model = eqx.partition(model, filter_spec)
-        objects: list[Any] = []
+        self.params, rest = eqx.partition(model, filter_spec)
+        objects = [rest]  # the first; those of the arguments follow
         self.args, self.kwargs = _doors.without((args, kwargs), _is_object, objects)
         # Only arrays go through JAX; the rest of an object is known now.
         self.carried, self._rest = eqx.partition(objects, eqx.is_array)
@@ -250,7 +256,7 @@ class _Call:
 
     def _filled(self, params: Any, carried: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
         objects = eqx.combine(carried, self._rest)  # a state may be used once: make new ones
-        return eqx.combine(params, self._model), *_doors.filled((args, kwargs), objects)
+        return eqx.combine(params, objects[0]), *_doors.filled((args, kwargs), objects)
 
 
 def _is_object(x: Any) -> bool:

@@ -2,8 +2,11 @@
 
 A rule is (w, g, grad, memory, **arguments) -> the gradient that the base optimizer sees; the
 arguments are named as in the library. memory is a dict that the rule owns and that starts empty
-but for t, the count of its steps. Trees are dicts of arrays.
+but for t, the count of its steps, and ascend, the ascent's gradient where grad is that of the
+descent alone. Trees are dicts of arrays.
 """
+
+import functools
 
 import numpy as np
 import numpy_reference as ref
@@ -44,8 +47,9 @@ def unnormalised_sam(w, g, grad, memory, rho):
 
 def multi_step_sam(w, g, grad, memory, rho, steps, step_size=None):
     e = scaled(0, w)
+    ascend = memory.get("ascend", grad)
     for i in range(steps):
-        ascent = g if i == 0 else grad(add(w, 1, e))
+        ascent = g if i == 0 else ascend(add(w, 1, e))
         e = add(e, rho / steps if step_size is None else step_size, unit(ascent))
         if norm(e) > rho:
             e = scaled(rho / norm(e), e)
@@ -99,8 +103,9 @@ def momentum_sam(w, g, grad, memory, rho, momentum):
 
 def cr_sam(w, g, grad, memory, rho, gamma, beta):
     plus, minus = grad(add(w, rho, unit(g))), grad(add(w, -rho, unit(g)))
+    middle = grad(w) if "ascend" in memory else g
     return {
-        k: plus[k] + gamma * (plus[k] + minus[k] - 2 * g[k]) + beta * (plus[k] - minus[k])
+        k: plus[k] + gamma * (plus[k] + minus[k] - 2 * middle[k]) + beta * (plus[k] - minus[k])
         for k in w
     }
 
@@ -179,22 +184,35 @@ def ae_sam_pays(g, memory, decay, c):
 
 
 def trajectory(
-    params, batches, rule, arguments, pays=None, gradient=ref.gradient, lr=0.05, mu=0.9, decay=0.01
+    params,
+    batches,
+    rule,
+    arguments,
+    pays=None,
+    gradient=ref.gradient,
+    lr=0.05,
+    mu=0.9,
+    decay=0.01,
+    other=None,
 ):
     """SGD with momentum and coupled weight decay on the rule's result, one step a batch.
 
     Arguments that are functions are schedules of the rule's own count. pays(step, g) decides
-    whether the rule is used at a step, or the gradient. Returns the parameters after each step
-    and the points at which each step took further gradients.
+    whether the rule is used at a step, or the gradient. other(batch) is what the descent sees, if
+    not the batch. Returns the parameters after each step and the points at which each step took
+    further gradients.
     """
     w, velocity, memory = dict(params), scaled(0, params), {"t": 0}
     path, points = [], []
     for i, batch in enumerate(batches):
         g, seen = gradient(w, batch), []
 
-        def grad(point, batch=batch, seen=seen):
+        def grad(point, batch=batch if other is None else other(batch), seen=seen):
             seen.append(point)
             return gradient(point, batch)
+
+        if other is not None:
+            memory["ascend"] = functools.partial(gradient, batch=batch)
 
         out = g
         if pays is None or pays(i, g):

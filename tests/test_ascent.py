@@ -129,6 +129,17 @@ def test_norm_is_rho_at_extreme_gradients_and_dtype_is_kept(dtype, size, toleran
     )
 
 
+@pytest.mark.parametrize("p", ref.P_VALUES)
+@pytest.mark.parametrize("size", [3.3e38, 1e38, 1e20, 1e-20, 1.2e-38])
+def test_the_length_is_rho_over_the_whole_range_of_float32(p, size):
+    g = jnp.asarray(size * np.linspace(-1, 1, 50), jnp.float32)
+    g = jnp.concatenate([g, jnp.array([1e-40], jnp.float32)])  # subnormal beside normal ones
+    ascent = jax.jit(lambda g: perturbation_of(sam_optax.dual_ascent(0.5, p=p), g))
+    with jax.debug_nans(True):
+        e = np.asarray(ascent(g), np.float64)
+    assert np.linalg.norm(e, p) == pytest.approx(0.5, rel=1e-5)
+
+
 def test_loss_scale_does_not_change_the_perturbation():
     g = {"w": jnp.array([1e-3, -2e-3, 5e-4])}
     ascent = sam_optax.dual_ascent(0.05)
@@ -222,6 +233,8 @@ def test_groups_with_their_own_radius_by_partition():
         (lambda: sam_optax.dual_ascent(-0.1), "rho must be at least 0.0, got -0.1"),
         (lambda: sam_optax.dual_ascent(float("nan")), "rho must be at least 0.0, got nan"),
         (lambda: sam_optax.dual_ascent("big"), "rho must be a number, got 'big'"),
+        (lambda: sam_optax.dual_ascent(True), "rho must be a number, got True"),
+        (lambda: sam_optax.dual_ascent(np.ones(1)), r"rho must be a number, got array\(\[1"),
         (lambda: sam_optax.dual_ascent(0.1, p=0.5), "p must be at least 1.0, got 0.5"),
         (lambda: sam_optax.sam(-1), "rho must be at least 0.0, got -1"),
         (lambda: sam_optax.asam(0.5, -0.01), "eta must be at least 0.0, got -0.01"),
@@ -231,6 +244,13 @@ def test_groups_with_their_own_radius_by_partition():
 def test_errors_when_building(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_an_integer_that_is_traced_says_what_to_do():
+    for factory in (sam_optax.look_sam, sam_optax.multi_step_sam, sam_optax.eigen_sam):
+        tx = optax.inject_hyperparams(factory)()
+        with pytest.raises(ValueError, match=r"must be an integer.*name it in static_args"):
+            jax.jit(tx.init)(jnp.ones(2))
 
 
 @pytest.mark.parametrize(

@@ -492,6 +492,102 @@ def test_batch_norm_is_accurate_whatever_the_momentum(momentum):
     np.testing.assert_allclose(stats["var"], x.var(0, dtype=np.float64), rtol=max(rtol, 2e-6))
 
 
+@pytest.mark.parametrize("statistics", [np.float32, np.float64])
+@pytest.mark.parametrize("inputs", [np.float32, np.float64])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.99, 0.999, 0.9997, 1 - 1 / 300])
+def test_batch_norm_under_x64_is_the_weighted_mean(x64, momentum, inputs, statistics):
+    """Float64 sums of float32 products do not show the momentum that was built with."""
+    data = [np.asarray(x - 15, inputs) for x, _ in BATCHES]
+    exact = {
+        name: np.average([f(np.float64(x), axis=0) for x in data], axis=0, weights=SIZES)
+        for name, f in (("mean", np.mean), ("var", np.var))
+    }
+    options = {"momentum": momentum, "use_fast_variance": False}
+    model = nn.BatchNorm(use_running_average=False, **options)
+    variables = model.init(jax.random.key(0), data[0])
+    variables["batch_stats"] = jax.tree.map(lambda s: s.astype(statistics), exact)
+    linen = averaging.estimate_batch_stats(
+        lambda v, x: model.apply(v, x, mutable=["batch_stats"]), variables, data
+    )
+    module = nnx.BatchNorm(3, rngs=nnx.Rngs(0), **options)
+    for variable in (module.mean, module.var):
+        variable.set_value(jnp.ones(3, statistics))
+    sam_optax.averaging.nnx.update_batch_stats(module, data)
+    # One wide rounding at the end, or those of a mean of eight numbers.
+    rtol = 1e-14 if inputs == statistics == np.float64 else 1e-7 if inputs == np.float64 else 2e-7
+    for found in (linen, {"mean": module.mean[...], "var": module.var[...]}):
+        for name, value in exact.items():
+            assert found[name].dtype == statistics
+            np.testing.assert_allclose(np.float64(found[name]), value, rtol=rtol)
+
+
+@pytest.mark.parametrize("product", [jnp.float32, jnp.float64])
+def test_the_momentum_is_read_in_the_precision_of_its_product(x64, product):
+    """A layer may keep float32 and see float64 batches, or the other way round."""
+
+    def apply_fn(variables, x):
+        old = variables["batch_stats"].astype(product)
+        return None, {"batch_stats": (old * 0.9997).astype(jnp.float64) + (1 - 0.9997) * x.mean()}
+
+    found = averaging.estimate_batch_stats(apply_fn, {"batch_stats": jnp.ones(())}, np.full(3, 5.0))
+    np.testing.assert_allclose(found, 5, rtol=1e-12)
+
+
+LABELLED = {
+    "tuple": (BATCHES[0], r"batch\[0\]"),
+    "list of tuples": (BATCHES, r"batch\[0\]"),
+    "dict": ({"image": BATCHES[0][0], "category": np.zeros(8, int)}, r"batch\['image'\]"),
+}
+
+
+@pytest.mark.parametrize("kind", LABELLED)
+def test_a_batch_with_labels_for_a_function_of_inputs_says_how_to_unpack_it(kind):
+    data, part = LABELLED[kind]
+    for first in (nn.Dense(2), lambda x: x):
+        model = nn.Sequential([first, nn.BatchNorm(use_running_average=False)])
+        variables = model.init(jax.random.key(0), BATCHES[0][0])
+        with pytest.raises(
+            ValueError,
+            match=rf"apply_fn must take a whole batch.*\(8,\).*model.apply\(variables, {part}, ",
+        ) as caught:
+            averaging.estimate_batch_stats(
+                lambda v, x, m=model: m.apply(v, x, mutable=["batch_stats"]), variables, data
+            )
+        assert caught.value.__cause__ is not None
+    for model in (
+        nnx.BatchNorm(3, rngs=nnx.Rngs(0)),
+        nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.BatchNorm(2, rngs=nnx.Rngs(0))),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"forward must take.*forward=lambda model, batch: model\({part}\)"
+        ):
+            sam_optax.averaging.nnx.update_batch_stats(model, data)
+
+
+def test_other_errors_of_the_network_are_its_own():
+    model, variables = linen_problem()
+    wide = np.ones((8, 5), np.float32)  # one column too many for the network
+    for data in (wide, (wide, np.zeros(8))):
+        with pytest.raises(TypeError, match="incompatible shapes"):
+            averaging.estimate_batch_stats(
+                lambda v, b: model.apply(
+                    v, jax.tree.leaves(b)[0], train=True, mutable=["batch_stats"]
+                ),
+                variables,
+                data,
+            )
+
+
+@pytest.mark.parametrize(
+    "returned", [lambda x: x, lambda x: x[:2], lambda x: (x, {}), lambda x: (x, x, x)]
+)
+def test_an_apply_fn_without_changes_says_so(returned):
+    with pytest.raises(ValueError, match=r"apply_fn must return .*mutable=\['batch_stats'\]"):
+        averaging.estimate_batch_stats(
+            lambda v, x: returned(x), {"batch_stats": jnp.ones(3)}, BATCHES[0][0]
+        )
+
+
 def test_batch_norm_errors_name_the_argument():
     model, variables = linen_problem()
     evaluate = lambda v, b: model.apply(v, b[0], train=False, mutable=["batch_stats"])
@@ -576,6 +672,10 @@ def test_swa_with_an_nnx_optimizer():
         (
             lambda: averaging.ensemble_predictions(min, {"a": np.ones(2), "b": np.ones(3)}),
             r"stacked_params must share one leading axis of at least 1, got \[\(2,\), \(3,\)\]",
+        ),
+        (
+            lambda: averaging.ensemble_predictions(min, [{"w": np.ones(3), "b": np.ones(2)}] * 2),
+            r"stacked_params must share.*got \[\(2,\), \(3,\)\] \(stack a list of trees: jax",
         ),
         (
             lambda: averaging.ensemble_predictions(min, np.ones(2), weights=[1.0]),

@@ -52,20 +52,44 @@ def problem(dtype=jnp.float32):
         "w": jnp.asarray(rng.normal(size=(8, 4)), dtype),
         "b": jnp.asarray(rng.normal(size=4), dtype),
         "none": None,
+        "count": jnp.arange(3),
+        "on": jnp.array([True, False]),
+        "empty": jnp.zeros((0, 2), dtype),
     }
     x = jnp.asarray(rng.normal(size=(8, 8)), dtype)
 
-    def loss_fn(params):
-        return jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
+    def loss_fn(params, scale=1):
+        x_scaled = x * jnp.where(params["on"][0], scale * params["count"][1], 0).astype(dtype)
+        return jnp.mean(jnp.tanh(x_scaled @ params["w"] + params["b"]) ** 2)
 
     return params, loss_fn
 
 
+def gradient_of(loss_fn):
+    """The gradient of an integer leaf is float0."""
+    return jax.grad(loss_fn, allow_int=True)
+
+
+def to_add(updates, params):
+    """Updates whose integer leaves, float0 or 0, are 0 of the dtype of params."""
+
+    def leaf(u, w):
+        assert u.shape == w.shape
+        return u if is_float(w) else jnp.zeros_like(w)
+
+    return jax.tree.map(leaf, updates, params)
+
+
+def is_float(w):
+    return jnp.issubdtype(w.dtype, jnp.inexact)
+
+
 def step_of(tx, loss_fn):
     def step(params, state):
-        grad_fn = jax.grad(loss_fn)
+        grad_fn = gradient_of(loss_fn)
         extra = {"grad_fn": grad_fn, "previous_grad_fn": grad_fn, "value": loss_fn(params)}
-        return tx.update(grad_fn(params), state, params, **extra, unknown=None)
+        updates, state = tx.update(grad_fn(params), state, params, **extra, unknown=None)
+        return to_add(updates, params), state
 
     return step
 
@@ -132,9 +156,9 @@ def test_a_zero_gradient_gives_no_nan(name):
 def test_a_nonfinite_gradient_stays_nonfinite(name, bad):
     params, loss_fn = problem()
     tx = build(name)
-    grads = jax.tree.map(lambda w: jnp.full_like(w, bad), params)
+    grads = jax.tree.map(lambda w: jnp.full_like(w, bad if is_float(w) else 0), params)
     ignores_it = name in ("async_sam", "bsam", "momentum_sam", "random_perturbation", "sampa")
-    grad_fn = (lambda params: grads) if ignores_it else jax.grad(loss_fn)
+    grad_fn = (lambda params: grads) if ignores_it else gradient_of(loss_fn)
     extra = {"grad_fn": grad_fn, "previous_grad_fn": grad_fn}
     updates, _ = tx.update(grads, tx.init(params), params, **extra)
     assert not np.isfinite(updates["w"]).any()
@@ -143,11 +167,42 @@ def test_a_nonfinite_gradient_stays_nonfinite(name, bad):
 @pytest.mark.parametrize("name", UNMAPPED)
 def test_params_and_gradients_given_are_left_alone(name):
     params, loss_fn = problem()
-    grads = jax.grad(loss_fn)(params)
+    grads = gradient_of(loss_fn)(params)
     before = jax.tree.map(np.array, (params, grads))
     tx = build(name)
     step_of(tx, loss_fn)(params, tx.init(params))
     jax.tree.map(np.testing.assert_array_equal, (params, grads), before)
+
+
+@pytest.mark.parametrize("name", UNMAPPED)
+@pytest.mark.parametrize("as_zeros", [True, False])
+def test_integer_leaves_stay(name, as_zeros):
+    """Whether the gradients given for them are float0, as from JAX, or zeros of the caller."""
+    params, loss_fn = problem()
+    tx = build(name)
+
+    def grad_fn(w):
+        gradient = gradient_of(loss_fn)(w)
+        return to_add(gradient, w) if as_zeros else gradient
+
+    state = tx.init(params)
+    for _ in range(2):
+        extra = {"grad_fn": grad_fn, "previous_grad_fn": grad_fn}
+        updates, state = tx.update(grad_fn(params), state, params, **extra)
+        for u, w in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+            if not is_float(w) and u.dtype != jax.dtypes.float0:
+                np.testing.assert_array_equal(u, np.zeros(w.shape))
+
+
+@pytest.mark.parametrize("name", UNMAPPED)
+def test_trees_without_anything_to_perturb(name):
+    params = {"count": jnp.arange(3), "none": None}
+    tx = build(name)
+    grad_fn = lambda params: {"count": jnp.zeros(3, jnp.int32), "none": None}
+    extra = {"grad_fn": grad_fn, "previous_grad_fn": grad_fn}
+    updates, state = tx.update(grad_fn(params), tx.init(params), params, **extra)
+    np.testing.assert_array_equal(updates["count"], np.zeros(3))
+    assert layout(state) == layout(tx.init(params))
 
 
 @pytest.mark.parametrize("name", UNMAPPED)
@@ -169,7 +224,7 @@ def test_inside_cond_scan_and_vmap(name):
         (params, tx.init(params))
     )
     assert layout(end) == layout(params)
-    two = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), params)
+    two = jax.tree.map(lambda w: jnp.stack([w, (2 * w).astype(w.dtype)]), params)
     batched, _ = jax.jit(jax.vmap(step))(two, jax.vmap(tx.init)(two))
     for i in range(2):
         one = jax.tree.map(lambda w, i=i: w[i], two)
@@ -189,9 +244,8 @@ def test_sharded_parameters_stay_sharded_and_the_norm_runs_over_all_shards(name)
     rows = NamedSharding(mesh, PartitionSpec("fsdp"))
     whole = NamedSharding(mesh, PartitionSpec())
     sharded = {**jax.device_put(params, whole), "w": jax.device_put(params["w"], rows)}
-    updates, _ = jax.jit(step, out_shardings=({"w": rows, "b": whole, "none": None}, None))(
-        sharded, tx.init(sharded)
-    )
+    shardings = jax.tree.map(lambda w: w.sharding, sharded)
+    updates, _ = jax.jit(step, out_shardings=(shardings, None))(sharded, tx.init(sharded))
     assert updates["w"].sharding.is_equivalent_to(rows, 2)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
     jax.tree.map(close, updates, expected)
@@ -209,7 +263,8 @@ def test_explicit_shardings_carry_through(name):
         jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     ):
         x = jax.device_put(x, PartitionSpec("data"))
-        columns = {"w": PartitionSpec(None, "model"), "b": PartitionSpec("model"), "none": None}
+        columns = jax.tree.map(lambda w: PartitionSpec(), params)
+        columns |= {"w": PartitionSpec(None, "model"), "b": PartitionSpec("model")}
         sharded = jax.tree.map(jax.device_put, params, columns)
         updates, _ = jax.jit(step_of(tx, loss_fn))(sharded, tx.init(sharded))
     assert updates["w"].sharding.spec == columns["w"]
@@ -230,11 +285,189 @@ def test_training_goes_on_the_same_from_a_serialised_state(name):
 def test_multi_steps_and_extra_arguments_in_a_chain(name):
     params, loss_fn = problem()
     tx = optax.MultiSteps(optax.chain(build(name), optax.sgd(0.1)), every_k_schedule=2)
+    # Optax's accumulator takes neither float0 nor booleans.
+    integers = {k: w for k, w in params.items() if w is not None and not is_float(w)}
+    params = {k: w for k, w in params.items() if k not in integers}
     state = tx.init(params)
-    step = jax.jit(step_of(tx, loss_fn))
+    step = jax.jit(step_of(tx, lambda params: loss_fn(params | integers)))
     for mini_step in range(2):
         updates, state = step(params, state)
         assert bool(jnp.any(updates["w"] != 0)) == (mini_step == 1)
+
+
+# Per step and method: evaluations of grad_fn and of descent_grad_fn where both are given, on top
+# of the caller's gradient. Without the latter they add up, less those that it makes necessary.
+EVALUATIONS = {
+    "bsam": (1, 1),
+    "cr_sam": (0, 3),
+    "dual_ascent": (0, 0),
+    "eigen_sam": (1, 1),
+    "gam": (2, 2),
+    "late_phase": (0, 0),
+    "lookbehind": (1, 2),
+    "multi_step_sam": (1, 1),
+    "sampa": (1, 1),
+}
+SAVED_BY_ONE_FUNCTION = {"cr_sam": 1, "gam": 1, "lookbehind": 1, "sampa": 1}
+
+
+@pytest.mark.parametrize("name", UNMAPPED)
+def test_ascent_and_descent_from_two_functions(name):
+    """Each is evaluated as often as documented, and both have a part in the result."""
+    params, loss_fn = problem()
+    tx = build(name)
+    first, second = gradient_of(loss_fn), gradient_of(functools.partial(loss_fn, scale=3))
+
+    @functools.partial(jax.jit, static_argnames="kind")
+    def step(params, state, kind):
+        def counted(place, fn):
+            def gradient(w):
+                jax.debug.callback(lambda: calls.append(place))
+                return fn(w)
+
+            return gradient
+
+        main = second if kind == "descent's" else first
+        extra = {"grad_fn": counted("ascent", main), "previous_grad_fn": main}
+        if kind == "both":
+            extra["descent_grad_fn"] = counted("descent", second)
+        updates, state = tx.update(main(params), state, params, **extra)
+        return to_add(updates, params), state
+
+    results = {}
+    for kind in ("both", "ascent's", "descent's"):
+        state, calls, w, counts = tx.init(params), [], params, []
+        for _ in range(3):
+            before = len(calls)
+            updates, state = step(w, state, kind)
+            jax.block_until_ready(updates)
+            jax.effects_barrier()
+            counts.append([calls[before:].count(place) for place in ("ascent", "descent")])
+            w = optax.apply_updates(w, jax.tree.map(lambda u: (-0.1 * u).astype(u.dtype), updates))
+        results[kind] = np.asarray(updates["w"])
+        at, below = EVALUATIONS.get(name, (0, 1))
+        saved = SAVED_BY_ONE_FUNCTION.get(name, 0)
+        expected = [at, below] if kind == "both" else [at + below - saved, 0]
+        assert counts[0] == expected, (kind, counts)
+    if name == "dual_ascent":
+        return  # evaluates nothing
+    off = lambda a, b: np.max(np.abs(results[a] - results[b])) / np.max(np.abs(results[a]))
+    assert off("both", "ascent's") > 1e-3
+    # These two look at no gradient at params.
+    ignores_the_ascent = name in ("momentum_sam", "random_perturbation")
+    assert ignores_the_ascent == (off("both", "descent's") < 1e-6)
+
+
+# Arguments that shape the program: counts of what is written out, and of steps in a cycle.
+STATIC = {"k", "every", "power_steps", "samples"}
+# Scalars whose default, None, is another thing than a number.
+OPTIONAL = {
+    "asam": {"p": 3.0},
+    "dual_ascent": {"p": 3.0},
+    "multi_step_sam": {"step_size": 0.04},
+    "sam": {"p": 3.0},
+}
+
+
+def scalars(name):
+    """Every numerical argument of a method, found by looking, with a value."""
+    parameters = inspect.signature(getattr(sam_optax, name)).parameters
+    values = {n: p.default for n, p in parameters.items()}
+    values |= ARGUMENTS.get(name, {}) | OPTIONAL.get(name, {})
+    static = STATIC | ({"steps"} if name == "multi_step_sam" else set())
+    return {n: v for n, v in values.items() if type(v) in (int, float) and n not in static}
+
+
+def test_the_scalars_are_found():
+    assert set(scalars("bsam")) == {
+        *("learning_rate", "data_size", "rho", "b1", "b2"),
+        *("prior_precision", "damping", "scale", "key"),
+    }
+    assert set(scalars("eigen_sam")) == {"rho", "alpha", "key"}
+    assert set(scalars("adaptive")) == {"steps", "decay", "c_start", "c_end"}
+
+
+@functools.cache
+def three_steps(name, injected):
+    """The updates of three steps as a function of all scalar arguments."""
+    params, loss_fn = problem()
+    arguments = {n: v for n, v in ARGUMENTS.get(name, {}).items() if n not in scalars(name)}
+    factory = functools.partial(getattr(sam_optax, name), **arguments)
+    parameters = inspect.signature(factory).parameters
+    static = {n for n in parameters if n in STATIC | set(arguments)}
+    static |= {"steps"} if name == "multi_step_sam" else set()
+    make = optax.inject_hyperparams(factory, static_args=static) if injected else factory
+
+    @jax.jit
+    def run(values):
+        tx = make(**values)
+        step = step_of(tx, loss_fn)
+
+        def body(carry, _):
+            params, state = carry
+            updates, state = step(params, state)
+            moved = optax.apply_updates(
+                params, jax.tree.map(lambda u: (-0.1 * u).astype(u.dtype), updates)
+            )
+            return (moved, state), updates["w"]
+
+        return jax.lax.scan(body, (params, tx.init(params)), length=3)[1]
+
+    return run
+
+
+@pytest.mark.parametrize("name", [n for n in UNMAPPED if scalars(n)])
+def test_every_scalar_argument_by_inject_hyperparams(name):
+    """The numbers of the method built with the traced value, for the defaults and any change."""
+    defaults = scalars(name)
+    changed = {n: v + 3 if type(v) is int else 0.6 * v for n, v in defaults.items()}
+    for values in [defaults, *(defaults | {n: v} for n, v in changed.items())]:
+        np.testing.assert_allclose(
+            three_steps(name, True)(values),
+            three_steps(name, False)(values),
+            rtol=1e-4,
+            atol=1e-6,
+        )
+
+
+@pytest.mark.parametrize("name", UNMAPPED)
+def test_concrete_arrays_made_outside_of_jit_are_arguments_inside_of_it(name):
+    parameters = inspect.signature(getattr(sam_optax, name)).parameters
+    values = {n: p.default for n, p in parameters.items()}
+    values |= ARGUMENTS.get(name, {}) | OPTIONAL.get(name, {})
+    values = {n: v for n, v in values.items() if type(v) in (int, float)}
+    params, loss_fn = problem()
+    expected = step_of(build(name, **OPTIONAL.get(name, {})), loss_fn)
+    expected, _ = jax.jit(lambda: expected(params, build(name).init(params)))()
+    arrays = {n: jnp.asarray(v) for n, v in values.items()}
+
+    @jax.jit
+    def inside(params):
+        tx = getattr(sam_optax, name)(**{**ARGUMENTS.get(name, {}), **arrays})
+        return step_of(tx, loss_fn)(params, tx.init(params))[0]
+
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, inside(params), expected)
+
+
+@pytest.mark.parametrize("name", UNMAPPED)
+def test_numbers_of_any_kind_are_taken_and_nothing_else(name):
+    """Scalars of NumPy and JAX, bfloat16 too; no booleans, no arrays of other shapes."""
+    defaults = scalars(name)
+    checked = {"c_start", "c_end", "beta0", "beta1", "key", "learning_rate"}
+    for argument, value in defaults.items():
+        arguments = ARGUMENTS.get(name, {}) | OPTIONAL.get(name, {})
+        make = lambda v, a=argument, rest=arguments: getattr(sam_optax, name)(**{**rest, a: v})
+        kinds = (np.int32, jnp.uint8) if type(value) is int else (np.float32, jnp.bfloat16)
+        for kind in kinds:
+            make(kind(value) if type(value) is int else kind(value / 2))
+            make(np.asarray(value))
+            make(jnp.asarray(value // 2 or 1 if type(value) is int else value / 2, kind))
+        if argument in checked:
+            continue
+        for bad in (True, np.True_, jnp.asarray(True), np.ones(2), jnp.ones(1), "much"):
+            with pytest.raises(ValueError, match=f"{argument} must be an? "):
+                make(bad)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The family against transcriptions of the equations, its invariants, reductions and costs."""
 
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -65,8 +66,11 @@ def build(name, **arguments):
     return getattr(sam_optax, name)(**arguments)
 
 
-def run(method, params=PARAMS, batches=BATCHES, loss=jax_loss, base=SGD):
-    """Parameters after each jitted step, and the points at which it called grad_fn."""
+def run(method, params=PARAMS, batches=BATCHES, loss=jax_loss, base=SGD, other=None):
+    """Parameters after each jitted step, and the points at which it called grad_fn.
+
+    other(batch) is what descent_grad_fn sees, if it is given.
+    """
     tx, seen = optax.chain(method, base), []
 
     @jax.jit
@@ -75,8 +79,10 @@ def run(method, params=PARAMS, batches=BATCHES, loss=jax_loss, base=SGD):
             jax.debug.callback(lambda w: seen.append(jax.tree.map(np.array, w)), w)
             return jax.grad(loss)(w, batch)
 
-        clean = jax.grad(loss)(params, batch)
-        updates, state = tx.update(clean, state, params, grad_fn=grad_fn)
+        clean, extra = jax.grad(loss)(params, batch), {}
+        if other is not None:
+            extra["descent_grad_fn"] = lambda w: jax.grad(loss)(w, other(batch))
+        updates, state = tx.update(clean, state, params, grad_fn=grad_fn, **extra)
         return optax.apply_updates(params, updates), state
 
     params = jax.tree.map(jnp.asarray, params)
@@ -118,6 +124,15 @@ def test_trajectory_points_and_cost_are_those_of_the_equations(x64, name, argume
             radius *= not (name in AT_REST_FIRST and t == 0)
             for point in seen:
                 np.testing.assert_allclose(fam.norm(fam.add(point, -1, w)), radius, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name, arguments", [c[:2] for c in FIRST.values()], ids=list(FIRST))
+def test_with_other_examples_for_the_descent(x64, name, arguments):
+    """The perturbed gradient, and all that a difference takes with it, are of descent_grad_fn."""
+    other = lambda batch: (batch[0][::-1], batch[1])
+    path, _ = run(build(name, **arguments), batches=BATCHES[:4], other=other)
+    expected, _ = fam.trajectory(PARAMS, BATCHES[:4], getattr(fam, name), arguments, other=other)
+    assert_close(path, expected)
 
 
 SAM = sam_optax.sam(0.3)
@@ -390,6 +405,20 @@ def test_random_perturbation_averages_gradients_under_noise_of_the_filters_size(
             assert abs(np.dot(x[:n], y[:n])) < 5 * np.sqrt(n)
 
 
+def test_low_pass_filtering_sgd_by_a_chain(x64):
+    """As its docstring says: parts of the batch, each with noise of its own, one step of all."""
+    parts, loss = [1.0, 2.0, 3.0], lambda w, x: jnp.sum(jnp.sin(w["a"]) * x)
+    params = {"a": np.ones((4, 3))}
+    sgd = optax.MultiSteps(optax.sgd(0.1), len(parts)).gradient_transformation()
+    path, points = run(sam_optax.random_perturbation(0.1), params, parts, loss, sgd)
+    assert_close(path[:2], [params, params])
+    noisy = [seen[0]["a"] for seen in points]
+    assert all(np.any(a != b) for a, b in itertools.pairwise(noisy))
+    mean = np.mean([x * np.cos(w) for x, w in zip(parts, noisy, strict=True)], axis=0)
+    # The average of Optax counts in float32.
+    assert_close(path[2], {"a": params["a"] - 0.1 * mean}, rtol=1e-7)
+
+
 def test_random_perturbation_is_reproduced_by_its_key():
     method, w = functools.partial(sam_optax.random_perturbation, 0.1), jnp.ones((3, 2))
     step = jax.jit(lambda state: method().update(w, state, w, grad_fn=lambda w: w))
@@ -475,6 +504,19 @@ def test_compiled_cost_in_gradients_with_the_clean_one_included(name, gradients)
     flops = lambda f, *args: jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
     x = jnp.ones((4096, 32))
     ratio = flops(step, params, method.init(params), x) / flops(jax.grad(loss), params, x)
+    assert gradients - 0.05 < ratio < gradients + 0.15
+
+
+@pytest.mark.parametrize("name, gradients", [("sam", 2), ("cr_sam", 3), ("gam", 4)])
+@pytest.mark.usefixtures("optimised")
+def test_compiled_cost_through_the_functional_door(name, gradients):
+    """It gives descent_grad_fn, but XLA finds the same gradient at the same point again."""
+    params = {"w": jnp.ones((32, 32)), "v": jnp.ones((32, 32))}
+    loss = lambda w, x: jnp.mean(jnp.sin(jnp.sin(x @ w["w"]) @ w["v"]) ** 2)
+    flops = lambda f, *args: jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
+    x = jnp.ones((4096, 32))
+    sharp = sam_optax.value_and_grad(loss, build(name))
+    ratio = flops(sharp, params, x) / flops(jax.grad(loss), params, x)
     assert gradients - 0.05 < ratio < gradients + 0.15
 
 

@@ -1,8 +1,7 @@
-"""Flax linen and Equinox models in jit-compiled training steps."""
+"""Flax linen models in jit-compiled training steps."""
 
 import functools
 
-import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -104,27 +103,6 @@ def test_linen_microbatches_average_the_statistics():
     ]
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
     assert_close(((loss, new_stats), grads), mean)
-
-
-def test_equinox():
-    model = eqx.nn.MLP(6, "scalar", 8, 2, key=jax.random.key(0))
-    params, static = eqx.partition(model, eqx.is_inexact_array)
-
-    def loss_fn(params, x, y):
-        return jnp.mean((jax.vmap(eqx.combine(params, static))(x) - y) ** 2)
-
-    tx = optax.sgd(0.1)
-
-    @jax.jit
-    def step(params, state):
-        loss, grads = sam_optax.value_and_grad(loss_fn, sam_optax.sam(RHO))(params, X, Y)
-        updates, state = tx.update(grads, state, params)
-        return eqx.apply_updates(params, updates), state, loss
-
-    moved, _, loss = step(params, tx.init(params))
-    g_s = jax.grad(loss_fn)(perturbed(params, jax.grad(loss_fn)(params, X, Y)), X, Y)
-    assert_close(moved, jax.tree.map(lambda w, g: w - 0.1 * g, params, g_s))
-    np.testing.assert_allclose(loss, loss_fn(params, X, Y), rtol=1e-6)
 
 
 def test_train_state_with_a_chain_that_has_memory():

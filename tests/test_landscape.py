@@ -1,5 +1,6 @@
 """Lines and planes against closed forms, bit by bit at the corners, and saved and loaded."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -279,6 +280,114 @@ def test_batch_norm_statistics_are_frozen_interpolated_or_recomputed(x64):
     np.testing.assert_allclose(rays.values, 1.0)
 
 
+STATISTICS = [{"mean": np.array(10.0)}, {"mean": np.array(20.0)}, {"mean": np.array(30.0)}]
+
+
+def through(several, loss_fn, data, statistics=None, **options):
+    """`plane_through` or `interpolate`, at the solutions, of as many statistics as it takes."""
+    solutions = [{"w": np.array(w)} for w in ([1.0, 0.0], [3.0, 0.0], [1.0, 2.0])]
+    if statistics is not None:
+        options["statistics"] = statistics[: 3 if several else 2]
+    if several:
+        return landscape.plane_through(loss_fn, solutions, data, x=[0, 2], y=[0], **options)
+    return landscape.interpolate(loss_fn, *solutions[:2], data, positions=[0, 1], **options)
+
+
+def shifted_loss(params, statistics, batch):
+    return jnp.mean((jnp.sum(params["w"]) * (batch - statistics["mean"])) ** 2)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["interpolate", "plane_through"])
+def test_between_differing_statistics_there_is_no_default(x64, several):
+    x = np.array([9.0, 11.0])
+    with pytest.raises(
+        ValueError, match=r"batch_norm must be given.*'recomputed'.*'interpolated'.*'frozen'.*None"
+    ):
+        through(several, shifted_loss, x, STATISTICS)
+    # The second solution itself has a loss of its own, which "frozen" does not show.
+    second = np.mean((3 * (x - 20)) ** 2)
+    expected = {"frozen": np.mean((3 * (x - 10)) ** 2), "interpolated": second}
+    for choice, value_there in expected.items():
+        found = through(several, shifted_loss, x, STATISTICS, batch_norm=choice)
+        np.testing.assert_allclose(found.values.ravel()[1], value_there, rtol=1e-12)
+        assert found.batch_norm == choice
+    found = through(
+        several, shifted_loss, x, STATISTICS, batch_norm="recomputed",
+        recompute=lambda params, old: {"mean": 10 * params["w"].sum()},
+    )  # fmt: skip
+    np.testing.assert_allclose(found.values.ravel()[1], np.mean((3 * (x - 30)) ** 2), rtol=1e-12)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["interpolate", "plane_through"])
+def test_statistics_that_are_alike_need_no_choice(x64, several):
+    x = np.array([9.0, 11.0])
+    for statistics in ([STATISTICS[0]] * 3, [{"mean": jnp.array(10.0)} for _ in range(3)]):
+        found = through(several, shifted_loss, x, statistics)
+        np.testing.assert_allclose(found.values.ravel(), [1.0, 9.0], rtol=1e-12)
+        assert found.batch_norm == "frozen"
+    without = through(several, lambda w, x: jnp.mean(x) * jnp.sum(w["w"]), x)
+    assert without.batch_norm == "frozen"
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["interpolate", "plane_through"])
+def test_statistics_are_one_tree_for_each_solution(several):
+    for statistics, got in ((STATISTICS[:1], "list of 1"), ({"mean": 1.0}, "dict of 1")):
+        call = landscape.plane_through if several else landscape.interpolate
+        w = [np.array([1.0, 0.0]), np.array([3.0, 0.0]), np.array([1.0, 2.0])]
+        solutions = (w,) if several else w[:2]
+        with pytest.raises(ValueError, match=rf"sequence of {2 + several} trees.*got {got}"):
+            call(shifted_loss, *solutions, np.ones(2), statistics=statistics)
+
+
+def test_solutions_have_one_structure_and_shapes():
+    """A leaf that broadcasts against the other solution's would be mixed without a word."""
+    loss_fn = lambda w, x: jnp.mean(x) * jnp.sum(w["a"] ** 2)
+    one, other = {"a": np.ones((2, 2))}, {"a": np.ones((1, 2))}
+    alike = r"structure and shapes, got \(\"\['a'\]\", \(2, 2\)\) and \(\"\['a'\]\", \(1, 2\)\)"
+    for call in (
+        lambda: landscape.interpolate(loss_fn, one, other, np.ones(2)),
+        lambda: landscape.plane_through(loss_fn, [one, one, other], np.ones(2)),
+        lambda: landscape.trajectory_plane(loss_fn, [one, one, other], np.ones(2)),
+    ):
+        with pytest.raises(ValueError, match=alike):
+            call()
+    with pytest.raises(ValueError, match="no further leaf"):
+        landscape.interpolate(loss_fn, one, {**one, "b": 1.0}, np.ones(2))
+
+
+def test_solutions_in_a_dict_or_in_other_containers_say_so():
+    loss_fn, w = lambda w, x: jnp.sum(w["a"]), {"a": np.ones(2)}
+    with pytest.raises(ValueError, match=r"must be a list of three trees.*got dict of 3"):
+        landscape.plane_through(loss_fn, dict.fromkeys("abc", w), np.ones(2))
+    with pytest.raises(ValueError, match=r"must be a list of at least three.*got dict of 3"):
+        landscape.trajectory_plane(loss_fn, dict.fromkeys("abc", w), np.ones(2))
+    with pytest.raises(ValueError, match=r"differ in their containers.*nnx\.split"):
+        landscape.interpolate(loss_fn, w, flax.core.freeze(w), np.ones(2))
+
+
+def test_axes_are_lists_of_numbers():
+    loss_fn, data, w = lambda w, x: jnp.sum(w), np.ones(2), np.array([[1.0], [0.0]])
+    calls = {
+        "x": lambda axis: landscape.random_plane(loss_fn, w, data, key=0, x=axis),
+        "y": lambda axis: landscape.random_plane(loss_fn, w, data, key=0, y=axis),
+        "distances": lambda axis: landscape.rays(loss_fn, w, data, key=0, distances=axis),
+        "positions": lambda axis: landscape.interpolate(loss_fn, w, w, data, positions=axis),
+    }
+    for name, call in calls.items():
+        for axis in (25, [], [[0.0, 1.0], [2.0, 3.0]]):
+            with pytest.raises(ValueError, match=rf"{name} must be a list of numbers.*linspace"):
+                call(axis)
+
+
+def test_a_seed_is_its_key():
+    params, batch = jax.tree.map(jnp.float32, ref.network())
+    for call in (
+        lambda key: landscape.rays(network_loss, params, batch, key=key, distances=[1.0]),
+        lambda key: landscape.random_plane(network_loss, params, batch, key=key, x=[1.0]),
+    ):
+        np.testing.assert_array_equal(call(3).values, call(jax.random.key(3)).values)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -297,11 +406,11 @@ def test_errors_name_the_argument_the_rule_and_the_value():
     loss_fn, data, w = lambda w, x: jnp.sum(w), np.ones(2), np.array([1.0, 0.0])
     with pytest.raises(ValueError, match="directions must be at least 1, got 0"):
         landscape.rays(loss_fn, w, data, key=KEY, distances=[0.0], directions=0)
-    with pytest.raises(ValueError, match=r"three trees.*got 2"):
+    with pytest.raises(ValueError, match=r"three trees.*got list of 2"):
         landscape.plane_through(loss_fn, [w, 2 * w], data)
     with pytest.raises(ValueError, match=r"must not lie on one line.*height 0"):
         landscape.plane_through(loss_fn, [w, 2 * w, 3 * w], data)
-    with pytest.raises(ValueError, match="at least three points, got 2"):
+    with pytest.raises(ValueError, match="at least three points, got list of 2"):
         landscape.trajectory_plane(loss_fn, [w, 2 * w], data)
     with pytest.raises(ValueError, match="must span a plane"):
         landscape.trajectory_plane(loss_fn, [w, 2 * w, 3 * w], data)

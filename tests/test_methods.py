@@ -229,6 +229,105 @@ def test_second_order_with_normalization_differentiates_the_operator(x64):
     assert_close(sam_optax.grad(jax_loss, method)(params, batch), jax.grad(perturbed_loss)(params))
 
 
+def smooth_network():
+    """A loss with curvature everywhere, in float64, and params none of whose entries is 0."""
+    rng = np.random.default_rng(3)
+    params = {"a": jnp.asarray(rng.normal(size=(3, 2))), "b": jnp.asarray(rng.normal(size=2))}
+    x = jnp.asarray(rng.normal(size=(5, 3)))
+    return params, lambda w: jnp.mean(jnp.sin(x @ w["a"] + w["b"]) ** 2) + jnp.sum(w["b"] ** 4)
+
+
+def finite_difference(fn, w, step=1e-5):
+    flat, unflatten = jax.flatten_util.ravel_pytree(w)
+    rows = step * np.eye(flat.size)
+    value = lambda x: float(fn(unflatten(x)))
+    return unflatten(jnp.asarray([(value(flat + d) - value(flat - d)) / (2 * step) for d in rows]))
+
+
+@pytest.mark.parametrize("p", [1.0, 1.2, 1.5, 2.0, 3.0, 4.0, np.inf])
+@pytest.mark.parametrize("kind", [None, "elementwise", "filterwise", "layerwise"])
+def test_second_order_is_the_derivative_of_the_perturbed_loss(x64, p, kind):
+    params, loss = smooth_network()
+    normalization = None if kind is None else getattr(sam_optax, kind)(0.1, True)
+
+    def method(p):
+        ascent = sam_optax.dual_ascent(0.1, p=p, normalization=normalization)
+        return ascent, sam_optax.sharpness_aware(ascent, second_order=True)
+
+    @jax.jit
+    def perturbed_loss(w):
+        e, _ = method(p)[0].update(jax.grad(loss)(w), optax.EmptyState(), w)
+        return loss(optax.apply_updates(w, e))
+
+    result = lambda p: sam_optax.grad(loss, method(p)[1])(params)
+    expected = finite_difference(perturbed_loss, params)
+    assert_close(result(p), expected, rtol=1e-6, atol=1e-8)
+    if kind is None:
+        assert_close(jax.jit(result)(p), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0, np.inf])
+def test_second_order_where_entries_are_zero_or_tie(p):
+    """Dead units and symmetric ones, as at the start of training; a traced p = 2 gives 2."""
+    w = jnp.array([1.0, 1.0, 0.0, -2.0, -2.0])
+    loss = lambda w: jnp.sum(w**4)
+    with jax.debug_nans(True):
+        out = sam_optax.grad(loss, sam_optax.sam(0.1, p=p, second_order=True))(w)
+        traced = jax.jit(
+            lambda p: sam_optax.grad(loss, sam_optax.sam(0.1, p=p, second_order=True))(w)
+        )(p)
+    assert np.isfinite(out).all() and np.max(np.abs(out)) < 100
+    np.testing.assert_allclose(traced, out, rtol=1e-5)
+
+
+def test_second_order_of_complex_parameters_for_any_p(x64):
+    """Against the finite difference over real and imaginary parts."""
+    z = jnp.array([1.0 + 0.5j, -0.3 + 2.0j, 0.7 - 0.2j])
+    loss = lambda z: jnp.sum(jnp.abs(z) ** 4) + jnp.sum(jnp.real(z) * jnp.imag(z) ** 3)
+    for p in (1.0, 1.5, 3.0, np.inf):
+        ascent = sam_optax.dual_ascent(0.1, p=p)
+
+        def perturbed_loss(parts, ascent=ascent):
+            z = parts[0] + 1j * parts[1]
+            e, _ = ascent.update(jnp.conj(jax.grad(loss)(z)), optax.EmptyState(), z)
+            return loss(z + e)
+
+        parts = jnp.stack([jnp.real(z), jnp.imag(z)])
+        expected = finite_difference(jax.jit(perturbed_loss), parts)
+        out = sam_optax.grad(loss, sam_optax.sharpness_aware(ascent, second_order=True))(z)
+        out = jnp.conj(out)  # back from the convention of jax.grad
+        np.testing.assert_allclose(out, expected[0] + 1j * expected[1], rtol=1e-6, atol=1e-8)
+
+
+def test_second_order_with_leaves_that_do_not_move(x64):
+    """The numbers without them, whatever stands beside: integers, booleans, None, no elements."""
+    params, loss = smooth_network()
+    beside = {"n": jnp.arange(3), "on": jnp.array(True), "none": None, "no": jnp.zeros((0, 2))}
+    whole = lambda w: loss(w) * jnp.where(w["on"], w["n"][1], 0)
+    tx = sam_optax.sam(0.1, second_order=True)
+    expected = sam_optax.grad(loss, tx)(params)
+    out = jax.jit(sam_optax.grad(whole, tx, allow_int=True))(params | beside)
+    assert_close({k: out[k] for k in params}, expected, rtol=1e-12)
+    assert out["n"].dtype == out["on"].dtype == jax.dtypes.float0
+
+    def from_value(w):
+        return tx.update(jax.grad(whole, allow_int=True)(w), tx.init(w), w, value_fn=whole)[0]
+
+    out = jax.jit(from_value)(params | beside)
+    assert_close({k: out[k] for k in params}, expected, rtol=1e-12)
+
+
+def test_second_order_where_the_descent_is_of_another_precision():
+    params = {"a": jnp.array([1.0, 2.0])}
+    loss = lambda w: jnp.sum(w["a"] ** 4)
+    lower = lambda w: jax.tree.map(lambda g: g.astype(jnp.bfloat16), jax.grad(loss)(w))
+    tx = sam_optax.sam(0.1, second_order=True)
+    run = lambda **extra: tx.update(params, tx.init(params), params, value_fn=loss, **extra)[0]
+    out = run(descent_grad_fn=lower)
+    assert out["a"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(out["a"].astype(jnp.float32), run()["a"], rtol=2e-2)
+
+
 def test_second_order_at_a_stationary_point_is_finite():
     with jax.debug_nans(True):
         out = sam_optax.grad(lambda w: jnp.sum(w**2), sam_optax.sam(0.1, second_order=True))(
@@ -275,3 +374,56 @@ def test_complex_parameters_ascend():
     method = sam_optax.sam(0.1)
     out, _ = method.update(jnp.conj(jax.grad(loss)(z)), method.init(z), z, value_fn=loss)
     np.testing.assert_allclose(out, jnp.conj(jax.grad(loss)(perturbed)), rtol=1e-6)
+
+
+def powers(program):
+    """Number of power operations in a program, those inside of others included."""
+    inner = [p for eqn in program.eqns for p in jax.tree.leaves(eqn.params) if hasattr(p, "eqns")]
+    own = sum(eqn.primitive.name == "pow" for eqn in program.eqns)
+    return own + sum(powers(getattr(p, "jaxpr", p)) for p in inner)
+
+
+@pytest.mark.parametrize(
+    "factory, changes",
+    [
+        (sam_optax.sam, {}),
+        (sam_optax.sam, {"second_order": True}),
+        (sam_optax.asam, {}),
+        (sam_optax.asam, {"normalize_bias": True}),
+        (sam_optax.dual_ascent, {}),
+    ],
+)
+def test_inject_hyperparams_takes_them_as_they_stand(factory, changes):
+    """No static_args, and no power in the step: p is not traced unless it is given."""
+    w = {"a": jnp.array([[1.0, -2.0]]), "b": jnp.array([0.5, 3.0])}
+    loss = lambda w: jnp.sum(w["a"] * w["a"] * w["b"]) + jnp.sum(w["b"] * w["b"] * w["b"])
+    injected = optax.inject_hyperparams(factory)(rho=0.05, **changes)
+    plain = factory(rho=0.05, **changes)
+
+    def step(tx):
+        update = lambda w, state: tx.update(jax.grad(loss)(w), state, w, grad_fn=jax.grad(loss))[0]
+        state = tx.init(w)
+        assert powers(jax.make_jaxpr(update)(w, state).jaxpr) == 0
+        return jax.jit(update)(w, state)
+
+    assert_close(step(injected), step(plain), rtol=1e-6, atol=1e-7)
+
+
+def test_a_traced_p_that_is_given_is_a_power():
+    """What the count above would find."""
+    g = jnp.ones(2)
+    update = lambda p: sam_optax.dual_ascent(0.1, p=p).update(g, optax.EmptyState())[0]
+    assert powers(jax.make_jaxpr(update)(2.0).jaxpr) > 0
+
+
+def test_none_is_the_default_of_p_and_of_the_normalization():
+    params, loss = {"a": jnp.array([[1.0, -2.0]]), "b": jnp.ones(2)}, lambda w: jnp.sum(w["a"] ** 4)
+    for default, given in (
+        (sam_optax.sam(0.1), sam_optax.sam(0.1, p=2)),
+        (
+            sam_optax.asam(0.1, 0.3),
+            sam_optax.asam(0.1, 0.3, p=2.0, normalization=sam_optax.elementwise),
+        ),
+    ):
+        out, expected = (sam_optax.grad(loss, m)(params) for m in (default, given))
+        jax.tree.map(np.testing.assert_array_equal, out, expected)

@@ -49,16 +49,22 @@ def batches(count=STEPS):
     return [ref.network(seed)[1] for seed in range(count)]
 
 
-def train(tx, params, data=None):
-    """The optimizer in a jitted step over a list of batches."""
+def other(batch):
+    """Other examples, for descent_grad_fn."""
+    return batch[0][::-1], batch[1]
+
+
+def train(tx, params, data=None, apart=False):
+    """The optimizer in a jitted step over a list of batches; apart: the descent sees others."""
 
     @jax.jit
     def step(params, state, previous, batch):
         grad_fn = lambda params: jax_gradient(params, batch)
         previous_grad_fn = lambda params: jax_gradient(params, previous)
-        updates, state = tx.update(
-            grad_fn(params), state, params, grad_fn=grad_fn, previous_grad_fn=previous_grad_fn
-        )
+        extra = {"grad_fn": grad_fn, "previous_grad_fn": previous_grad_fn}
+        if apart:
+            extra["descent_grad_fn"] = lambda params: jax_gradient(params, other(batch))
+        updates, state = tx.update(grad_fn(params), state, params, **extra)
         return optax.apply_updates(params, updates), state
 
     tx = optax.with_extra_args_support(tx)
@@ -78,24 +84,27 @@ def assert_close(a, b, rtol=1e-10, atol=1e-12):
 # GAM
 
 
-@pytest.mark.parametrize("beta0", [0.3, 1.6])
-def test_gam_follows_the_authors_code(x64, beta0):
+@pytest.mark.parametrize("beta0, apart", [(0.3, False), (1.6, False), (0.3, True)])
+def test_gam_follows_the_authors_code(x64, beta0, apart):
+    """Apart: g1 and g3 of the descent from other examples, the direction of w1 from the batch."""
     w, _ = ref.network()
     start, sgd = w, NumpySGD(w)
     r, r_inner, beta1, gamma = 0.2, 0.05, 0.6, 0.3
     for batch in batches():
+        below = other(batch) if apart else batch
         g0 = ref.gradient(w, batch)
-        g1 = ref.gradient(add(w, r_inner, unit(g0)), batch)
-        w1 = add(w, r, unit(add(g1, -1, g0)))
+        near = add(w, r_inner, unit(g0))
+        g1 = ref.gradient(near, below)
+        w1 = add(w, r, unit(add(ref.gradient(near, batch), -1, g0)))
         g2 = ref.gradient(w1, batch)
-        g3 = ref.gradient(add(w1, r_inner, unit(g2)), batch)
+        g3 = ref.gradient(add(w1, r_inner, unit(g2)), below)
         pro_m = add(g0, abs(1 - beta0), g2)
         grad = add(scaled(beta1, g1), 1 - beta1, g3)
         cosine = dot(pro_m, grad) / (norm(grad) * norm(pro_m))
         vertical = add(pro_m, -cosine * norm(pro_m) / norm(grad), grad)
         w = sgd.step(w, add(grad, -gamma, vertical))
     tx = optax.chain(gam(r, r_inner, beta0, beta1, gamma), base())
-    assert_close(train(tx, start), w)
+    assert_close(train(tx, start, apart=apart), w)
 
 
 def test_gam_on_an_isotropic_quadratic(x64):
@@ -164,7 +173,8 @@ def test_decoupled_wsam_keeps_sharpness_out_of_the_moments(x64):
 
 
 @pytest.mark.parametrize("k, alpha, eta", [(1, 0.5, None), (3, 0.5, 0.01), (2, None, None)])
-def test_lookbehind_follows_the_authors_code(x64, k, alpha, eta):
+@pytest.mark.parametrize("apart", [False, True])
+def test_lookbehind_follows_the_authors_code(x64, k, alpha, eta, apart):
     w, _ = ref.network()
     start, sgd, rho = w, NumpySGD(w), 0.1
     for batch in batches():
@@ -175,7 +185,7 @@ def test_lookbehind_follows_the_authors_code(x64, k, alpha, eta):
             if eta is not None:
                 T = ref.operator("elementwise", high, eta, False)
             high = add(high, 1, ref.ascent(ref.gradient(high, batch), T, rho, 2.0))
-            fast = sgd.step(fast, ref.gradient(high, batch))
+            fast = sgd.step(fast, ref.gradient(high, other(batch) if apart else batch))
             ways.append(add(fast, -1, slow))
         first_way, way = ways[0], ways[-1]
         for n in w:
@@ -186,7 +196,7 @@ def test_lookbehind_follows_the_authors_code(x64, k, alpha, eta):
             w = {**w, n: kept * fast[n] + (1 - kept) * slow[n]}
     normalization = None if eta is None else sam_optax.elementwise(eta)
     tx = lookbehind(base(), rho, k, alpha, normalization=normalization)
-    assert_close(train(tx, start), w)
+    assert_close(train(tx, start, apart=apart), w)
 
 
 def test_lookbehind_reductions(x64):
@@ -202,7 +212,8 @@ def test_lookbehind_reductions(x64):
 # SAMPa
 
 
-def test_sampa_follows_the_authors_code(x64):
+@pytest.mark.parametrize("apart", [False, True])
+def test_sampa_follows_the_authors_code(x64, apart):
     """With weight decay in y at the first step too, where the authors have no momentum yet."""
     w, _ = ref.network()
     start, sgd = w, NumpySGD(w)
@@ -210,10 +221,11 @@ def test_sampa_follows_the_authors_code(x64):
     u, previous = scaled(0.0, w), batches()[0]
     for batch in batches():
         p = ref.gradient(add(w, rho, unit(u)), previous)
-        q = ref.gradient(add(w, 1, sgd.way(w, u)), batch)
+        y = add(w, 1, sgd.way(w, u))
+        q = ref.gradient(y, other(batch) if apart else batch)
         w = sgd.step(w, add(scaled(1 - lmbda, p), lmbda, q))
-        u, previous = q, batch
-    assert_close(train(sampa(base(), rho, lmbda), start), w)
+        u, previous = ref.gradient(y, batch), batch
+    assert_close(train(sampa(base(), rho, lmbda), start, apart=apart), w)
 
 
 def test_sampa_reductions(x64):
@@ -235,7 +247,7 @@ def test_sampa_reductions(x64):
 # bSAM
 
 
-def numpy_bsam(w, data, key, *, groups=1, lr=0.1, N=200.0, rho=0.05, b1=0.9, b2=0.8):
+def numpy_bsam(w, data, key, *, apart=False, groups=1, lr=0.1, N=200.0, rho=0.05, b1=0.9, b2=0.8):
     """Every batch is split into groups with their own noise and their own perturbation."""
     delta, damping = 4.0 / N, 0.1
     gm, s = scaled(0.0, w), {n: np.full_like(v, 0.7) for n, v in w.items()}
@@ -247,7 +259,8 @@ def numpy_bsam(w, data, key, *, groups=1, lr=0.1, N=200.0, rho=0.05, b1=0.9, b2=
             noise = _numerics.random_normal(own, jax.tree.map(jnp.asarray, w))
             noisy = {n: w[n] + np.sqrt(1 / (N * s[n])) * np.asarray(noise[n]) for n in w}
             grad = ref.gradient(noisy, (x, y))
-            perturbed = ref.gradient({n: w[n] + rho * grad[n] / s[n] for n in w}, (x, y))
+            below = other((x, y)) if apart else (x, y)
+            perturbed = ref.gradient({n: w[n] + rho * grad[n] / s[n] for n in w}, below)
             parts.append((perturbed, {n: np.sqrt(s[n] * grad[n] ** 2) for n in w}))
         grad = {n: np.mean([a[n] for a, _ in parts], axis=0) for n in w}
         h = {n: np.mean([b[n] for _, b in parts], axis=0) for n in w}
@@ -261,10 +274,11 @@ BSAM = {"learning_rate": 0.1, "data_size": 200.0, "rho": 0.05, "b2": 0.8}
 BSAM_REST = {"prior_precision": 4.0, "damping": 0.1, "scale": 0.7, "key": 3}
 
 
-def test_bsam_follows_the_authors_code(x64):
+@pytest.mark.parametrize("apart", [False, True])
+def test_bsam_follows_the_authors_code(x64, apart):
     params, _ = ref.network()
-    expected = numpy_bsam(params, batches(), jax.random.key(3))
-    assert_close(train(bsam(**BSAM, **BSAM_REST), params), expected)
+    expected = numpy_bsam(params, batches(), jax.random.key(3), apart=apart)
+    assert_close(train(bsam(**BSAM, **BSAM_REST), params, apart=apart), expected)
 
 
 @pytest.mark.parametrize("kind", ["vmap", "shard_map"])
@@ -622,3 +636,23 @@ def test_a_zero_gradient_gives_no_nan_and_a_nan_is_not_hidden(name):
     with jax.debug_nans(True):
         assert all(np.isfinite(u).all() for u in jax.tree.leaves(step(0.0)))
     assert all(np.isnan(u).all() for u in jax.tree.leaves(step(jnp.nan)))
+
+
+def test_concrete_arrays_as_arguments_inside_of_jit():
+    """Of what is no transformation; those are in the contract."""
+    params, (x, y) = jax.tree.map(jnp.asarray, ref.network())
+    losses = functools.partial(losses_of, jnp)
+    arrays = {n: jnp.asarray(v) for n, v in {"rho": 0.1, "k": 2, "beta": 0.7, "gamma": 0.4}.items()}
+
+    def both(rho, k, beta, gamma):
+        key = jax.random.key(0)
+        return (
+            k_sam(losses, k, rho)(params, x, y),
+            esam(losses, rho, beta, gamma)(key, params, x, y),
+            sam_optax.xsam_alpha(lambda w: jnp.mean(losses(w, x, y)), params, rho=rho),
+            sam_optax.rho_from_learning_rate(
+                lambda count: 0.1, rho_min=rho, rho_max=beta, lr_min=rho, lr_max=beta
+            )(0),
+        )
+
+    assert_close(jax.jit(lambda: both(**arrays))(), both(0.1, 2, 0.7, 0.4), rtol=1e-5, atol=1e-6)

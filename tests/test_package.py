@@ -13,6 +13,7 @@ import sam_optax
 import sam_optax.averaging
 import sam_optax.averaging.nnx
 import sam_optax.draw
+import sam_optax.equinox
 import sam_optax.landscape
 import sam_optax.nnx
 import sam_optax.sharpness
@@ -21,12 +22,12 @@ import sam_optax.sharpness
 ONE_DEVICE = [p for p in sorted(EXAMPLES.glob("[!_]*.py")) if p.stem not in SEVERAL_DEVICES]
 MODULES = (
     *(sam_optax, sam_optax.averaging, sam_optax.averaging.nnx, sam_optax.draw),
-    *(sam_optax.landscape, sam_optax.nnx, sam_optax.sharpness),
+    *(sam_optax.equinox, sam_optax.landscape, sam_optax.nnx, sam_optax.sharpness),
 )
 FUNCTIONS = [
     (module, name)
     for module in MODULES
-    for name in getattr(module, "__all__", ("value_and_grad",))
+    for name in getattr(module, "__all__", ("value_and_grad", "grad", "value_and_grad_fn"))
     if inspect.isfunction(getattr(module, name))
 ]
 
@@ -46,7 +47,10 @@ def test_the_core_needs_jax_and_optax_alone():
     required = importlib.metadata.requires("sam-optax") or []
     core = {re.split(r"[^\w-]", r)[0] for r in required if "extra ==" not in r}
     assert core == {"jax", "optax"}
-    code = "import sys, sam_optax; assert not {'flax', 'chex', 'matplotlib'} & set(sys.modules)"
+    code = (
+        "import sys, sam_optax; "
+        "assert not {'flax', 'chex', 'equinox', 'matplotlib'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -4,14 +4,17 @@ import itertools
 import math
 import weakref
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_reference as ref
+import optax
 import pytest
+from flax.training.train_state import TrainState
 
 import sam_optax
-from sam_optax import sharpness
+from sam_optax import landscape, sharpness
 
 KEY = jax.random.key(0)
 
@@ -390,3 +393,103 @@ def test_a_progress_bar_is_shown_on_request(capsys):
     assert "worst case: " in capsys.readouterr().err
     sharpness.worst_case(loss_fn, jnp.ones(2), jnp.ones((3, 2)), key=KEY)
     assert capsys.readouterr().err == ""
+
+
+MEASURES = [
+    lambda f, w, b, **o: sharpness.one_step(f, w, b),
+    lambda f, w, b, **o: sharpness.worst_case(f, w, b, **o, steps=2),
+    lambda f, w, b, **o: sharpness.average_case(f, w, b, **o, samples=2),
+    lambda f, w, b, **o: sharpness.m_sharpness(f, w, b, **o, m=4, restarts=1),
+    lambda f, w, b, **o: sharpness.hessian_eigenvalues(f, w, b, **o),
+    lambda f, w, b, **o: sharpness.hessian_trace(f, w, b, **o, probes=2),
+    lambda f, w, b, **o: sharpness.spectral_density(f, w, b, **o, probes=2),
+    lambda f, w, b, **o: sharpness.summary(f, w, b, **o),
+    lambda f, w, b, **o: landscape.rays(f, w, b, **o, distances=[1.0]),
+    lambda f, w, b, **o: landscape.random_plane(f, w, b, **o, x=[1.0]),
+    lambda f, w, b, **o: landscape.interpolate(f, w, w, b),
+]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_loss_that_is_no_scalar_says_what_to_return(measure):
+    params, data, *_ = quadratic()
+    for loss_fn, shape in (
+        (lambda w, b: (quadratic_loss(w, b), {"accuracy": 1.0}), r"\(\(\), \{'accuracy': \(\)\}\)"),
+        (lambda w, b: b[1] @ flat(w), r"\([48],\)"),
+        (lambda w, b: quadratic_loss(w, b)[None], r"\(1,\)"),
+        (lambda w, b: None, "None"),
+    ):
+        with pytest.raises(ValueError, match=f"loss_fn must return one scalar.*got the .*{shape}"):
+            measure(loss_fn, params, data, key=KEY)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_an_equinox_module_is_told_to_be_partitioned(measure):
+    model = eqx.nn.MLP(2, 1, 3, 1, key=KEY)
+    loss = lambda model, x: jnp.mean(jax.vmap(model)(x) ** 2)
+    x = jnp.ones((8, 2))
+    with pytest.raises(ValueError, match=r"at \.activation\. .*eqx\.partition\(model, eqx\.is_in"):
+        measure(loss, model, x, key=KEY)
+    params, static = eqx.partition(model, eqx.is_inexact_array)  # as the message says
+    measure(lambda params, x: loss(eqx.combine(params, static), x), params, x, key=KEY)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_seed_is_its_key(measure):
+    params, data, *_ = quadratic()
+    found = [measure(quadratic_loss, params, data, key=key) for key in (3, jax.random.key(3))]
+    assert str(found[0]) == str(found[1])
+
+
+def test_numbers_of_things_are_integers():
+    params, data, *_ = quadratic()
+    for name, call in {
+        "samples": lambda n: sharpness.average_case(
+            quadratic_loss, params, data, key=KEY, samples=n
+        ),
+        "steps": lambda n: sharpness.hessian_eigenvalues(
+            quadratic_loss, params, data, key=KEY, steps=n
+        ),
+        "count": lambda n: sharpness.hessian_eigenvalues(
+            quadratic_loss, params, data, key=KEY, count=n
+        ),
+        "probes": lambda n: sharpness.hessian_trace(
+            quadratic_loss, params, data, key=KEY, probes=n
+        ),
+        "m": lambda n: sharpness.m_sharpness(quadratic_loss, params, data, m=n),
+        "restarts": lambda n: sharpness.worst_case(
+            quadratic_loss, params, data, key=KEY, restarts=n
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=rf"{name} must be an integer .*got 2\.5"):
+            call(2.5)
+
+
+def test_inputs_and_labels_in_a_list_are_no_two_batches():
+    """A loss that takes both shapes would be averaged over inputs and labels alike."""
+    x, y = np.ones((8, 2)), np.ones(8)
+    loss_fn = lambda w, b: jnp.mean(w * b.sum())
+    with pytest.raises(ValueError, match=r"got arrays of \[1, 2\] dimensions .*\[\(x, y\)\]"):
+        sharpness.one_step(loss_fn, np.ones(2), [x, y])
+    assert sharpness.one_step(loss_fn, np.ones(2), [x, x[:3]]).examples == 11
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_train_state_is_no_tree_of_parameters(measure):
+    params, data, *_ = quadratic()
+    state = TrainState.create(apply_fn=None, params=params, tx=optax.adam(0.1))
+    with pytest.raises(
+        ValueError, match=r"state of an optimizer.*opt_state.*: give .*state\.param"
+    ):
+        measure(lambda state, b: quadratic_loss(state.params, b), state, data, key=KEY)
+
+
+def test_data_that_end_after_one_pass_say_so():
+    class Once:
+        batches = iter([quadratic()[1]])
+
+        def __iter__(self):
+            return self.batches
+
+    with pytest.raises(ValueError, match="at least one batch in every pass"):
+        sharpness.one_step(quadratic_loss, quadratic()[0], Once())

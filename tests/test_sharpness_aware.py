@@ -1,5 +1,7 @@
 """The generic method: what ascent, descent and cadence see, what is paid for, and errors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,7 +214,43 @@ def test_clean_gradient_costs_nothing_when_unused():
         ({"params": PARAMS}, "grad_fn or value_fn must be given to update"),
         (
             {"params": PARAMS, "grad_fn": lambda w: (jax.grad(loss_fn)(w), 0.0)},
-            r"structure.*first difference at \['a'\] of shape \(2,\), got \[0\]\['a'\]",
+            r"grad_fn must return the gradients alone, without a value or aux, got PyTreeDef",
+        ),
+        (
+            {"params": PARAMS, "grad_fn": jax.value_and_grad(loss_fn)},
+            r"grad_fn must return the gradients alone, without a value or aux, got PyTreeDef",
+        ),
+        (
+            {"params": PARAMS, "grad_fn": lambda w: (0.0, 0.0)},
+            r"structure.*first difference at \['a'\] of shape \(2,\), got \[0\]",
+        ),
+        (
+            {"params": PARAMS, "grad_fn": lambda w, step: jax.grad(loss_fn)(w)},
+            r"grad_fn must take params alone.*got a function of \(w, step\)",
+        ),
+        (
+            {"params": PARAMS, "value_fn": lambda w, batch: loss_fn(w)},
+            r"value_fn must take params alone.*got a function of \(w, batch\)",
+        ),
+        (
+            {
+                "params": PARAMS,
+                "grad_fn": jax.grad(loss_fn),
+                "descent_grad_fn": jax.grad(lambda w, batch: loss_fn(w)),
+            },
+            r"descent_grad_fn must take params alone.*got a function of \(w, batch\)",
+        ),
+        (
+            {
+                "params": PARAMS,
+                "grad_fn": jax.grad(loss_fn),
+                "descent_grad_fn": lambda w: {"a": w["a"]},
+            },
+            r"the result of descent_grad_fn must have the structure",
+        ),
+        (
+            {"params": PARAMS},
+            r"TrainState.apply_gradients.*tx.update.*sam_optax.value_and_grad",
         ),
         (
             {"params": PARAMS, "grad_fn": lambda w: {"a": w["a"], "c": w["b"]}},
@@ -254,3 +292,80 @@ def test_params_are_never_changed():
     before = jax.tree.map(np.array, PARAMS)
     sharp_gradient(1.0)
     jax.tree.map(np.testing.assert_array_equal, PARAMS, before)
+
+
+def test_sam_inside_of_masked_or_partition_says_where_to_put_it():
+    for tx in (
+        optax.masked(sam_optax.sam(0.1), {"a": True, "b": False}),
+        optax.partition(
+            {"sam": sam_optax.sam(0.1), "not": optax.identity()}, {"a": "sam", "b": "not"}
+        ),
+    ):
+        for given in (
+            {"grad_fn": jax.grad(loss_fn)},  # fails inside
+            {"value_fn": loss_fn},
+            {"grad_fn": lambda w: GRADS},  # another structure
+        ):
+            message = "optax.masked.*put the method before.*mask=, got optax.MaskedNode at .*'b'"
+            with pytest.raises(ValueError, match=message):
+                tx.update(GRADS, tx.init(PARAMS), PARAMS, **given)
+
+
+def needs(name):
+    """A rule whose update cannot do without one keyword argument."""
+    source = f"lambda updates, state, params=None, *, {name}, **extra: (updates, state)"
+    return optax.GradientTransformationExtraArgs(lambda params: (), eval(source))
+
+
+@pytest.mark.parametrize("place", ["ascent", "descent", "when", "otherwise"])
+def test_an_argument_that_a_rule_needs_and_does_not_get_is_named(place):
+    never = lambda count: count < 0
+    parts = {"ascent": sam_optax.dual_ascent(0.1), place: needs("spectrum")}
+    tx = sam_optax.sharpness_aware(**({"when": never} | parts))
+    with pytest.raises(ValueError, match="spectrum must be given to update"):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, grad_fn=jax.grad(loss_fn))
+
+
+def test_a_rule_that_needs_the_loss_says_so_where_only_its_gradient_is_given():
+    tx = sam_optax.sharpness_aware(sam_optax.dual_ascent(0.1), needs("value_fn"))
+    tx.update(GRADS, tx.init(PARAMS), PARAMS, value_fn=loss_fn)
+    with pytest.raises(ValueError, match="value_fn must be given to update"):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, grad_fn=jax.grad(loss_fn))
+
+
+def test_rules_get_the_gradient_function_of_their_own_point():
+    """Ascent that of grad_fn, descent that of descent_grad_fn, and it can tell."""
+    ascent, descent = [], []
+    rules = optax.chain(recorder(ascent), sam_optax.dual_ascent(0.1)), recorder(descent)
+    tx = sam_optax.sharpness_aware(*rules)
+    other = lambda w: jax.tree.map(lambda x: 2 * x, w)
+    given = {"grad_fn": jax.grad(loss_fn), "descent_grad_fn": other}
+    tx.update(GRADS, tx.init(PARAMS), PARAMS, **given)
+    tx.update(GRADS, tx.init(PARAMS), PARAMS, grad_fn=jax.grad(loss_fn))
+    assert_equal(ascent[0][2]["grad_fn"](PARAMS), GRADS)
+    assert_equal(descent[0][2]["grad_fn"](PARAMS), other(PARAMS))
+    assert_equal(descent[0][2]["descent_grad_fn"](PARAMS), other(PARAMS))
+    assert_equal(descent[1][2]["grad_fn"](PARAMS), GRADS)
+    assert descent[1][2]["descent_grad_fn"] is None
+
+
+def test_a_gradient_function_that_wears_the_signature_of_another_is_taken():
+    """functools.wraps tells the signature of what is wrapped, the loss of a batch."""
+
+    @functools.wraps(lambda w, batch: loss_fn(w))
+    def grad_fn(w):
+        return jax.grad(loss_fn)(w)
+
+    tx = sam_optax.sam(0.1)
+    out, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, grad_fn=grad_fn)
+    assert_equal(out, sharp_gradient())
+
+
+def test_an_error_of_the_loss_stays_its_own():
+    tx = sam_optax.sam(0.1)
+    with pytest.raises(TypeError, match="mine"):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, grad_fn=lambda w: fail())
+
+
+def fail():
+    raise TypeError("mine")

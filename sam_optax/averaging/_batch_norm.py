@@ -2,10 +2,11 @@
 
 The weights were averaged, so their statistics must be measured anew. BatchNorm
 only ever shows a running average, new = m old + (1 - m) batch, with a momentum
-m that each layer hides. From old = 0 the result is (1 - m) batch, to float32
-rounding; and from one huge old value it is m times that value, which tells m.
+m that each layer hides. From old = 0 the result is (1 - m) batch, to rounding;
+and from one huge old value it is m times that value, which tells m.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -13,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_optax import _numerics, _streams
+from sam_optax import _streams
+
+_HUGE = 2.0**126  # in float32, and no batch statistic is seen beside it in float64
 
 
 def estimate_batch_stats(
@@ -33,8 +36,9 @@ def estimate_batch_stats(
 
     Args:
       apply_fn: apply_fn(variables, batch) runs the network in training mode and
-        returns (anything, changes) as Flax does with mutable=["batch_stats"].
-        Dropout is as you set it there.
+        returns (anything, changes) as Flax does with mutable=["batch_stats"]. It
+        gets the whole batch: of (x, y) it takes batch[0]. Dropout is as you set
+        it there.
       variables: the collections of the network, "params" with the weights and
         "batch_stats" with values of any finite size, which do not matter.
       data: the training data: an iterable of batches, or one batch as an array,
@@ -49,8 +53,9 @@ def estimate_batch_stats(
 
     Raises:
       ValueError: if variables lack batch_stats, if no statistic moves (the
-        network runs in evaluation mode) or one is no running mean, or if data
-        hold no batch.
+        network runs in evaluation mode) or one is no running mean, if apply_fn
+        returns no changes or takes an array where batches are tuples, or if
+        data hold no batch.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -74,8 +79,9 @@ def estimate_batch_stats(
       variances within batches, which leaves out the variance between their
       means: use shuffled batches as large as those of the training, of which
       it then is the expectation. Flax divides by n where PyTorch divides by n - 1.
-      The momentum is read from float32, which for momenta of up to seven digits
-      costs no accuracy; for others the relative error is up to 3e-8/(1 - m).
+      Without jax_enable_x64 the momentum is read from float32, which for momenta of
+      up to seven digits costs no accuracy; for others the relative error is up to
+      3e-8/(1 - m).
       `SpectralNorm` keeps no running mean in batch_stats and is not covered.
     """
     if "batch_stats" not in variables:
@@ -85,18 +91,35 @@ def estimate_batch_stats(
     rest = {name: value for name, value in variables.items() if name != "batch_stats"}
 
     def run(rest: Any, stats: Any, batch: Any) -> Any:
-        _, changes = apply_fn({**rest, "batch_stats": stats}, batch)
+        result = apply_fn({**rest, "batch_stats": stats}, batch)
+        changes = result[1] if isinstance(result, tuple) and len(result) == 2 else None
+        if not isinstance(changes, Mapping) or "batch_stats" not in changes:
+            raise ValueError(
+                "apply_fn must return (anything, changes) with changes['batch_stats'], as "
+                "model.apply(variables, x, mutable=['batch_stats']) does, "
+                f"got {jax.tree.map(jnp.shape, result)} for shapes"
+            )
         return changes["batch_stats"]
 
-    return measured(run, rest, variables["batch_stats"], data, progress)
+    unpacked = "apply_fn", "lambda variables, batch: model.apply(variables, batch{}, ...)"
+    return measured(run, rest, variables["batch_stats"], data, progress, unpacked)
 
 
 def measured(
-    run: Callable[[Any, Any, Any], Any], rest: Any, stats: Any, data: Any, progress: bool
+    run: Callable[[Any, Any, Any], Any],
+    rest: Any,
+    stats: Any,
+    data: Any,
+    progress: bool,
+    unpacked: tuple[str, str],
 ) -> Any:
-    """Mean over the data of the batch statistics behind run(rest, stats, batch) -> new stats."""
+    """Mean over the data of the batch statistics behind run(rest, stats, batch) -> new stats.
+
+    unpacked: the argument behind run, and how to write one that takes a part of the batch.
+    """
     leaves, treedef = jax.tree.flatten(stats)
-    wide = [_numerics.widened(x) for x in leaves]  # narrower ones would hide the momentum
+    # As wide as there is: narrower ones would hide the momentum.
+    wide = [jnp.asarray(x, float) for x in leaves]
 
     @jax.jit
     def run_from(rest: Any, stats: list[jax.Array], batch: Any) -> list[jax.Array]:
@@ -110,11 +133,12 @@ def measured(
 
         def evaluate(batch: Any) -> list[jax.Array]:
             if not shares:
-                # No batch statistic is seen beside 2^126 in float32.
-                huge = [2.0 ** (jnp.finfo(x.dtype).maxexp - 2) for x in wide]
-                probes = [jnp.full_like(x, h) for x, h in zip(wide, huge, strict=True)]
-                moved = run_from(rest, probes, batch)
-                shares.extend(_share(new, h) for new, h in zip(moved, huge, strict=True))
+                try:
+                    moved = run_from(rest, [jnp.full_like(x, _HUGE) for x in wide], batch)
+                except Exception as error:
+                    _explain(error, functools.partial(run_from, rest, wide), batch, unpacked)
+                    raise
+                shares.extend(map(_share, moved))
                 if not any(share.any() for share in shares):
                     raise ValueError(
                         "the network must run in training mode, so that its batch statistics "
@@ -131,13 +155,36 @@ def measured(
     return jax.tree.unflatten(treedef, new)
 
 
-def _share(new: jax.Array, huge: float) -> np.ndarray:
+def _explain(
+    error: Exception, run: Callable[[Any], Any], batch: Any, unpacked: tuple[str, str]
+) -> None:
+    """Raises what to change, if run fails with a batch because it takes one array of it alone."""
+    parts = jax.tree_util.tree_leaves_with_path(batch)
+    for path, part in parts if not jax.tree_util.all_leaves([batch]) else []:
+        try:
+            jax.eval_shape(run, part)
+        except Exception:  # whatever the network raises: this part is not what it takes
+            continue
+        name, example = unpacked
+        raise ValueError(
+            f"{name} must take a whole batch, got one that fails with shapes "
+            f"{jax.tree.map(np.shape, batch)} ({type(error).__name__}) and works with one array of "
+            f"them: unpack the batch, {example.format(jax.tree_util.keystr(path))}, or give data "
+            "of that array alone"
+        ) from error
+
+
+def _share(new: jax.Array) -> np.ndarray:
     """1 - m, the share of a batch in new = m huge + (1 - m) batch.
 
     The shortest decimal that rounds to m is what the layer was built with:
-    1 - 0.99 in float32 is off by 2e-6 of itself.
+    1 - 0.99 in float32 is off by 2e-6 of itself. A layer may take the product in
+    float32 and the sum in float64, so it is the value that tells the precision.
     """
-    momentum = (np.asarray(new) / huge).astype(str).astype(np.float64)
+    momentum = np.asarray(new, np.float64) / _HUGE
+    narrow = momentum.astype(np.float32)
+    momentum = np.where(narrow == momentum, narrow.astype(str), momentum.astype(str))
+    momentum = momentum.astype(np.float64)
     if not ((momentum >= -1e-9) & (momentum <= 1)).all():
         raise ValueError(
             "batch statistics must be running means with a momentum in [0, 1], "

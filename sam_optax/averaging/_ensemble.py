@@ -203,7 +203,8 @@ def ensemble_predictions(
     sizes = {np.shape(x)[:1] for x in jax.tree.leaves(stacked_params)}
     if len(sizes) != 1 or sizes & {(), (0,)}:
         raise ValueError(
-            f"stacked_params must share one leading axis of at least 1, got {sorted(sizes)}"
+            f"stacked_params must share one leading axis of at least 1, got {sorted(sizes)} "
+            "(stack a list of trees: jax.tree.map(lambda *w: jnp.stack(w), *members))"
         )
     ((size,),) = sizes
     weights = _numerics.widened(jnp.ones(size) if weights is None else weights)

@@ -41,7 +41,8 @@ def update_batch_stats(
       data: the training data: an iterable of batches, or one batch as an array,
         tuple or dict. A batch is a pytree of arrays with the examples on axis 0.
         Read once; a generator will do.
-      forward: forward(model, batch) runs the network; model(batch) by default.
+      forward: forward(model, batch) runs the network; model(batch) by default,
+        so batches (x, y) need lambda model, batch: model(batch[0]).
         If your layers take use_running_average in the call, let it be False.
       progress: whether to show a progress bar (needs tqdm).
 
@@ -49,8 +50,9 @@ def update_batch_stats(
       None.
 
     Raises:
-      ValueError: if the module has no BatchNorm layer or none is run, or if
-        data hold no batch.
+      ValueError: if the module has no BatchNorm layer or none is run, if
+        forward takes an array where batches are tuples, or if data hold no
+        batch.
 
     Example:
       >>> import jax.numpy as jnp
@@ -96,4 +98,5 @@ def update_batch_stats(
         forward(module, batch)
         return nnx.state(module, nnx.BatchStat)
 
-    nnx.update(model, _batch_norm.measured(run, rest, stats, data, progress))
+    unpacked = "forward", "forward=lambda model, batch: model(batch{})"
+    nnx.update(model, _batch_norm.measured(run, rest, stats, data, progress, unpacked))

@@ -1,10 +1,11 @@
 """Directions in weight space: unit rays and filter-normalised Gaussians."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sam_optax import _chart, _numerics
@@ -77,6 +78,34 @@ def filter_direction(key: jax.Array, params: optax.Params, filter_axes: FilterAx
         own = _numerics.safe_norm(_numerics.widened(leaf), axis=axes, keepdims=True)
         parts.append(part * own / _numerics.safe_norm(part, axis=axes, keepdims=True))
     return _as_tree(place, parts)
+
+
+def require_alike(name: str, solutions: Sequence[optax.Params]) -> None:
+    """Requires trees that have a chart, of one structure and shapes.
+
+    Shapes that only broadcast would be mixed without a word.
+    """
+
+    def layout(tree: Any) -> list[tuple[str, Any]]:
+        flat = jax.tree_util.tree_leaves_with_path(tree)
+        return [(jax.tree_util.keystr(path), np.shape(leaf)) for path, leaf in flat]
+
+    for tree in solutions:
+        _chart.chart(tree)
+        first, own = layout(solutions[0]), layout(tree)
+        if first != own:
+            missing = ("no further leaf", ())
+            pairs = zip([*first, missing], [*own, missing], strict=False)
+            raise ValueError(
+                f"{name} must have the same structure and shapes, got %s and %s"
+                % next((a, b) for a, b in pairs if a != b)
+            )
+        if jax.tree.structure(solutions[0]) != jax.tree.structure(tree):
+            raise ValueError(
+                f"{name} must have the same structure, got trees of the same leaves that differ "
+                "in their containers (dict and FrozenDict) or static fields (for NNX modules "
+                "give the params of graph, params, rest = nnx.split(model, nnx.Param, ...))"
+            )
 
 
 def difference(a: optax.Params, b: optax.Params) -> optax.Params:

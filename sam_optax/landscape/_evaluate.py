@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_optax import _checks, _numerics, _streams
+from sam_optax import _chart, _checks, _numerics, _streams
 
 BatchNorm: TypeAlias = Literal["frozen", "interpolated", "recomputed"]
 Recompute: TypeAlias = Callable[[Any, Any], Any]
@@ -58,6 +58,49 @@ def losses(
         return _streams.means(_streams.batches(data), len(rows), loss, tick)
 
 
+def coordinates(name: str, values: Any) -> np.ndarray:
+    """The values of an axis, in float64."""
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1 or not array.size:
+        raise ValueError(
+            f"{name} must be a list of numbers or an array of one axis, such as "
+            f"np.linspace(-1, 1, 25), got {values!r}"
+        )
+    return array
+
+
+def settled_batch_norm(
+    batch_norm: BatchNorm | None, statistics: Sequence[Any] | None, solutions: int
+) -> BatchNorm:
+    """What to do with the statistics of several solutions, where the caller left it open.
+
+    Any of the choices is another figure unless all the statistics are alike.
+    """
+    if statistics is None:
+        return batch_norm or "frozen"
+    if not isinstance(statistics, Sequence) or len(statistics) != solutions:
+        raise ValueError(
+            f"statistics must be a sequence of {solutions} trees, one for each solution, got "
+            f"{type(statistics).__name__} of {len(statistics)} "
+            f"(for one tree everywhere: [statistics] * {solutions})"
+        )
+    if batch_norm is None and not all(_alike(statistics[0], other) for other in statistics[1:]):
+        raise ValueError(
+            "batch_norm must be given where the solutions' statistics differ: 'recomputed' "
+            "measures each point as it would be used (needs recompute), 'interpolated' mixes them "
+            "as the parameters, 'frozen' takes those of the first solution everywhere, also for "
+            "the others; got None"
+        )
+    return batch_norm or "frozen"
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(x is y or np.array_equal(x, y) for x, y in pairs)
+
+
 def check_batch_norm(
     statistics: Sequence[Any] | None, batch_norm: str, recompute: Recompute | None
 ) -> None:
@@ -92,6 +135,5 @@ _mixed = jax.jit(mix)
 @functools.partial(jax.jit, static_argnames="loss_fn")
 def _loss(loss_fn: Any, corners: Any, weights: Any, statistics: Any, batch: Any) -> jax.Array:
     params = mix(corners, weights)
-    if statistics is None:
-        return loss_fn(params, batch)
-    return loss_fn(params, statistics, batch)
+    own = () if statistics is None else (statistics,)
+    return _chart.scalar_loss(loss_fn, params, *own, batch)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from sam_optax import _ascent, _checks, _streams
+from sam_optax import _ascent, _checks, _numerics, _streams
 from sam_optax.landscape import _directions, _evaluate
 from sam_optax.landscape._results import Interpolation, Rays
 from sam_optax.sharpness._worst_case import seed_of
@@ -18,7 +18,7 @@ def rays(
     params: optax.Params,
     data: Any,
     *,
-    key: jax.Array,
+    key: int | jax.Array,
     distances: Any,
     directions: int = 10,
     mask: _ascent.Mask | None = None,
@@ -42,7 +42,7 @@ def rays(
       params: w, a tree of real arrays.
       data: one batch, a tree of arrays with examples on axis 0, or a list or
         other re-iterable of batches, streamed and weighted by examples.
-      key: random key of the directions.
+      key: random key, or a seed, of the directions.
       distances: (n,) values of t, negative ones too if wanted.
       directions: number of them, at least 1.
       mask: leaves that move, as in `sam_optax.dual_ascent`.
@@ -77,10 +77,11 @@ def rays(
       directions * n losses in as many passes over the data as directions;
       memory of three copies of the parameters.
     """
-    _checks.at_least("directions", directions, 1)
+    key = _numerics.as_key(key)
+    _checks.integer_at_least("directions", directions, 1)
     if batch_norm == "interpolated":
         raise ValueError("batch_norm must be 'frozen' or 'recomputed' on a ray, got 'interpolated'")
-    t = np.asarray(distances, np.float64).ravel()
+    t = _evaluate.coordinates("distances", distances)
     weights = np.stack([np.ones_like(t), t], axis=1)
     values, examples = [], 0
     data = _streams.batches(data)
@@ -110,7 +111,7 @@ def interpolate(
     *,
     positions: Any = None,
     statistics: Any = None,
-    batch_norm: _evaluate.BatchNorm = "frozen",
+    batch_norm: _evaluate.BatchNorm | None = None,
     recompute: _evaluate.Recompute | None = None,
     progress: bool = False,
 ) -> Interpolation:
@@ -132,7 +133,8 @@ def interpolate(
       statistics: pair of the two models' statistics.
       batch_norm: "frozen" takes those of the first everywhere, "interpolated"
         mixes them as the parameters, "recomputed" calls recompute, which
-        measures both solutions as they would be used.
+        measures both solutions as they would be used. There is no default
+        between statistics that differ; "frozen" otherwise.
       recompute: recompute(params, statistics) returns statistics for params.
       progress: show a progress bar (needs tqdm).
 
@@ -140,7 +142,8 @@ def interpolate(
       An `Interpolation`.
 
     Raises:
-      ValueError: if batch_norm does not fit the rest.
+      ValueError: if the solutions differ in structure or shapes, or batch_norm
+        does not fit the rest or is missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -159,7 +162,11 @@ def interpolate(
       n losses in one pass over the data; memory of three copies of the
       parameters.
     """
-    a = np.linspace(-0.5, 1.5, 41) if positions is None else np.asarray(positions, np.float64)
+    _directions.require_alike("first and second", (first, second))
+    batch_norm = _evaluate.settled_batch_norm(batch_norm, statistics, 2)
+    a = np.linspace(-0.5, 1.5, 41)
+    if positions is not None:
+        a = _evaluate.coordinates("positions", positions)
     weights = np.stack([1 - a, a], axis=1)
     values, examples = _evaluate.losses(
         loss_fn,

@@ -1,6 +1,6 @@
 """Two-dimensional landscapes: random planes, planes through solutions and trajectories."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ def random_plane(
     params: optax.Params,
     data: Any,
     *,
-    key: jax.Array,
+    key: int | jax.Array,
     x: Any = None,
     y: Any = None,
     filter_axes: _directions.FilterAxes = _directions.flax_filters,
@@ -40,7 +40,7 @@ def random_plane(
         see `rays`.
       params: w, a tree of real arrays.
       data: one batch or a re-iterable of batches, see `rays`.
-      key: random key of the directions.
+      key: random key, or a seed, of the directions.
       x: (nx,) coordinates; by default 25 from -1 to 1.
       y: (ny,) coordinates; those of x by default.
       filter_axes: which axes lie within a filter, a function of path and leaf;
@@ -76,12 +76,13 @@ def random_plane(
       nx * ny losses in one pass over the data; memory of four copies of the
       parameters.
     """
+    key = _numerics.as_key(key)
     if batch_norm == "interpolated":
         raise ValueError(
             "batch_norm must be 'frozen' or 'recomputed' around one solution, got 'interpolated'"
         )
-    x = np.linspace(-1, 1, 25) if x is None else np.asarray(x, np.float64)
-    y = x if y is None else np.asarray(y, np.float64)
+    x = np.linspace(-1, 1, 25) if x is None else _evaluate.coordinates("x", x)
+    y = x if y is None else _evaluate.coordinates("y", y)
     d1, d2 = (
         _directions.filter_direction(jax.random.fold_in(key, i), params, filter_axes)
         for i in range(2)
@@ -121,7 +122,7 @@ def plane_through(
     x: Any = None,
     y: Any = None,
     statistics: Sequence[Any] | None = None,
-    batch_norm: _evaluate.BatchNorm = "frozen",
+    batch_norm: _evaluate.BatchNorm | None = None,
     recompute: _evaluate.Recompute | None = None,
     progress: bool = False,
 ) -> Plane:
@@ -143,7 +144,9 @@ def plane_through(
       y: (ny,) coordinates, as x.
       statistics: the three models' statistics.
       batch_norm: "frozen" takes those of w1 everywhere, "interpolated" mixes
-        them as the parameters, "recomputed" calls recompute.
+        them as the parameters, "recomputed" calls recompute, which measures all
+        three as they would be used. There is no default between statistics
+        that differ; "frozen" otherwise.
       recompute: recompute(params, statistics) returns statistics for params.
       progress: show a progress bar (needs tqdm).
 
@@ -151,7 +154,9 @@ def plane_through(
       A `Plane`, with the solutions' coordinates as points.
 
     Raises:
-      ValueError: if there are not three solutions, or they lie on one line.
+      ValueError: if there are not three solutions of one structure and shapes,
+        or they lie on one line, or batch_norm does not fit the rest or is
+        missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -174,8 +179,14 @@ def plane_through(
       nx * ny losses in one pass over the data; memory of four copies of the
       parameters.
     """
-    if len(solutions) != 3:
-        raise ValueError(f"solutions must be three trees of parameters, got {len(solutions)}")
+    if isinstance(solutions, Mapping) or len(solutions) != 3:
+        raise ValueError(
+            "solutions must be a list of three trees of parameters, got "
+            f"{type(solutions).__name__} of {len(solutions)}"
+        )
+    solutions = tuple(solutions)
+    _directions.require_alike("solutions", solutions)
+    batch_norm = _evaluate.settled_batch_norm(batch_norm, statistics, 3)
     a, b = (_directions.difference(w, solutions[0]) for w in solutions[1:])
     width = _directions.dot(a, a) ** 0.5
     shift = _directions.dot(a, b) / width if width else 0.0
@@ -186,7 +197,7 @@ def plane_through(
             f"{width:.3g} and height {height:.3g}"
         )
     points = np.array([[0.0, 0.0], [width, 0.0], [shift, height]])
-    x, y = _axis(x, points[:, 0]), _axis(y, points[:, 1])
+    x, y = _axis("x", x, points[:, 0]), _axis("y", y, points[:, 1])
     across, up = _grid(x, y)
     # Barycentric: the third's weight is y / height, then x = width * second + shift * third.
     third = up / height
@@ -194,7 +205,7 @@ def plane_through(
     weights = np.stack([1 - second - third, second, third], axis=1)
     values, examples = _evaluate.losses(
         loss_fn,
-        tuple(solutions),
+        solutions,
         weights,
         data,
         statistics=statistics,
@@ -256,8 +267,8 @@ def trajectory_plane(
       A `Plane`, with the projected path as points, its end at (0, 0).
 
     Raises:
-      ValueError: if the trajectory has fewer than three points or spans no
-        plane.
+      ValueError: if the trajectory has fewer than three points, of one
+        structure and shapes, or spans no plane.
 
     Example:
       >>> import jax.numpy as jnp
@@ -276,12 +287,16 @@ def trajectory_plane(
       nx * ny losses in one pass over the data, and inner products of the
       trajectory's points with each other.
     """
-    if len(trajectory) < 3:
-        raise ValueError(f"trajectory must have at least three points, got {len(trajectory)}")
+    if isinstance(trajectory, Mapping) or len(trajectory) < 3:
+        raise ValueError(
+            "trajectory must be a list of at least three points, got "
+            f"{type(trajectory).__name__} of {len(trajectory)}"
+        )
     if batch_norm == "interpolated":
         raise ValueError(
             "batch_norm must be 'frozen' or 'recomputed' on a trajectory, got 'interpolated'"
         )
+    _directions.require_alike("trajectory", trajectory)
     last = trajectory[-1]
     steps = [_directions.difference(w, last) for w in trajectory]
     gram = _gram(steps)
@@ -294,7 +309,7 @@ def trajectory_plane(
     components = components * np.where(components[0] < 0, -1, 1)  # the start lies up and right
     d1, d2 = (_combination(steps, components[:, i] / lengths[i]) for i in range(2))
     points = components * lengths
-    x, y = _axis(x, points[:, 0]), _axis(y, points[:, 1])
+    x, y = _axis("x", x, points[:, 0]), _axis("y", y, points[:, 1])
     across, up = _grid(x, y)
     surface, examples = _evaluate.losses(
         loss_fn,
@@ -328,9 +343,9 @@ def _grid(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return across.ravel(), up.ravel()
 
 
-def _axis(given: Any, points: np.ndarray) -> np.ndarray:
+def _axis(name: str, given: Any, points: np.ndarray) -> np.ndarray:
     if given is not None:
-        return np.asarray(given, np.float64)
+        return _evaluate.coordinates(name, given)
     margin = 0.25 * (points.max() - points.min())
     return np.linspace(points.min() - margin, points.max() + margin, 25)
 

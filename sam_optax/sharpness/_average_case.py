@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from sam_optax import _ascent, _chart, _checks, _streams
+from sam_optax import _ascent, _chart, _checks, _numerics, _streams
 from sam_optax._types import Normalization
 from sam_optax.sharpness._worst_case import mean_and_error, seed_of
 
@@ -40,7 +40,7 @@ def average_case(
     params: optax.Params,
     data: Any,
     *,
-    key: jax.Array,
+    key: int | jax.Array,
     rho: float = 0.05,
     samples: int = 100,
     normalization: Normalization | None = None,
@@ -59,7 +59,7 @@ def average_case(
       loss_fn: loss_fn(params, batch) returns the scalar mean loss over a batch.
       params: w, a tree of arrays.
       data: one batch or a re-iterable of batches, see `one_step`.
-      key: random key. The same key and shapes give the same noise, scaled by T,
+      key: random key, or a seed. The same key and shapes give the same noise, scaled by T,
         for every solution compared.
       rho: standard deviation, at least 0.
       samples: antithetic pairs +d and -d, at least 1; two losses each. The pair
@@ -93,8 +93,9 @@ def average_case(
       of the parameters whatever the number of samples. The rise is a
       difference of two losses: in float32 one below 1e-6 of the loss is lost.
     """
+    key = _numerics.as_key(key)
     _checks.at_least("rho", rho, 0.0)
-    _checks.at_least("samples", samples, 1)
+    _checks.integer_at_least("samples", samples, 1)
     place = _chart.chart(params, normalization, mask)
     origin = place.zeros()
 
@@ -115,6 +116,6 @@ def _pair(
 ) -> jax.Array:
     """Mean loss at +d and -d."""
     noise = _chart.random(jax.random.fold_in(key, i), place, jax.random.normal)
-    plus = loss_fn(place.at([rho * a for a in noise]), batch)
-    minus = loss_fn(place.at([-rho * a for a in noise]), batch)
+    plus = _chart.scalar_loss(loss_fn, place.at([rho * a for a in noise]), batch)
+    minus = _chart.scalar_loss(loss_fn, place.at([-rho * a for a in noise]), batch)
     return (plus + minus) / 2

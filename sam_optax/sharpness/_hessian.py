@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from sam_optax import _ascent, _chart, _checks, _streams
+from sam_optax import _ascent, _chart, _checks, _numerics, _streams
 from sam_optax._types import Normalization
 from sam_optax.sharpness import _lanczos
 from sam_optax.sharpness._worst_case import mean_and_error, seed_of
@@ -104,7 +104,7 @@ def hessian_eigenvalues(
     params: optax.Params,
     data: Any,
     *,
-    key: jax.Array,
+    key: int | jax.Array,
     count: int = 5,
     steps: int = 50,
     normalization: Normalization | None = None,
@@ -124,7 +124,7 @@ def hessian_eigenvalues(
       loss_fn: loss_fn(params, batch) returns the scalar mean loss over a batch.
       params: w, a tree of real arrays.
       data: one batch or a re-iterable of batches, see `one_step`.
-      key: random key of the start vector.
+      key: random key, or a seed, of the start vector.
       count: eigenvalues wanted from each end, at least 1.
       steps: most steps, at least 1: 50 bring the first few of a network to a
         relative 1e-3 or better. The residuals tell.
@@ -161,8 +161,9 @@ def hessian_eigenvalues(
       One Hessian-vector product over the data a step, about three gradients;
       memory of `steps` copies of the parameters for the basis.
     """
-    _checks.at_least("count", count, 1)
-    _checks.at_least("steps", steps, 1)
+    key = _numerics.as_key(key)
+    _checks.integer_at_least("count", count, 1)
+    _checks.integer_at_least("steps", steps, 1)
     _checks.at_least("tolerance", tolerance, 0.0)
     place = _chart.chart(params, normalization, mask, real=True)
     product = _Product(loss_fn, place, data)
@@ -187,7 +188,7 @@ def hessian_trace(
     params: optax.Params,
     data: Any,
     *,
-    key: jax.Array,
+    key: int | jax.Array,
     probes: int = 100,
     normalization: Normalization | None = None,
     mask: _ascent.Mask | None = None,
@@ -204,7 +205,7 @@ def hessian_trace(
       loss_fn: loss_fn(params, batch) returns the scalar mean loss over a batch.
       params: w, a tree of real arrays.
       data: one batch or a re-iterable of batches, see `one_step`.
-      key: random key of the probes.
+      key: random key, or a seed, of the probes.
       probes: number of them, at least 1; the error falls with its root.
       normalization: the operator T.
       mask: leaves whose block of the Hessian is taken.
@@ -234,7 +235,8 @@ def hessian_trace(
       activations: v^T H v is taken as a second derivative along v. Memory does
       not grow with the number of probes, which run one after another.
     """
-    _checks.at_least("probes", probes, 1)
+    key = _numerics.as_key(key)
+    _checks.integer_at_least("probes", probes, 1)
     place = _chart.chart(params, normalization, mask, real=True)
 
     def probe(i: int, batch: Any) -> jax.Array:
@@ -250,7 +252,7 @@ def spectral_density(
     params: optax.Params,
     data: Any,
     *,
-    key: jax.Array,
+    key: int | jax.Array,
     steps: int = 80,
     probes: int = 10,
     sigma: float | None = None,
@@ -270,7 +272,7 @@ def spectral_density(
       loss_fn: loss_fn(params, batch) returns the scalar mean loss over a batch.
       params: w, a tree of real arrays.
       data: one batch or a re-iterable of batches, see `one_step`.
-      key: random key of the start vectors, +-1 with equal odds.
+      key: random key, or a seed, of the start vectors, +-1 with equal odds.
       steps: Lanczos steps for each probe, at least 1.
       probes: number of start vectors, at least 1.
       sigma: width of the Gaussians, above 0; by default the range of the nodes
@@ -304,8 +306,9 @@ def spectral_density(
       probes * steps Hessian-vector products over the data; memory of `steps`
       copies of the parameters, whatever the number of probes.
     """
-    _checks.at_least("steps", steps, 1)
-    _checks.at_least("probes", probes, 1)
+    key = _numerics.as_key(key)
+    _checks.integer_at_least("steps", steps, 1)
+    _checks.integer_at_least("probes", probes, 1)
     _checks.at_least("tolerance", tolerance, 0.0)
     if sigma is not None and not sigma > 0:
         raise ValueError(f"sigma must be above 0, got {sigma}")

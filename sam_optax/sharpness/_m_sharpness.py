@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from sam_optax import _ascent, _chart, _checks, _streams
+from sam_optax import _ascent, _chart, _checks, _numerics, _streams
 from sam_optax._types import Normalization
 from sam_optax.sharpness import _worst_case as worst
 
@@ -43,7 +43,7 @@ def m_sharpness(
     data: Any,
     *,
     m: int,
-    key: jax.Array | None = None,
+    key: int | jax.Array | None = None,
     rho: float = 0.05,
     p: float = 2.0,
     normalization: Normalization | None = None,
@@ -68,7 +68,7 @@ def m_sharpness(
         consecutive in its order and may cross the borders of batches.
       m: examples in a group, at least 1. Examples at the end that fill no
         group are left out and counted.
-      key: random key, needed if restarts is above 0.
+      key: random key or a seed, needed if restarts is above 0.
       rho: radius, at least 0.
       p: order of the norm: from 1 to infinity for one step, else 2 or infinity.
       normalization: the operator T, see `one_step`.
@@ -104,7 +104,8 @@ def m_sharpness(
       steps gradients and one loss over the data, in groups; one group is in
       memory at a time.
     """
-    _checks.at_least("m", m, 1)
+    key = None if key is None else _numerics.as_key(key)
+    _checks.integer_at_least("m", m, 1)
     simple = steps == 1 and restarts == 0
     if simple:
         _checks.at_least("rho", rho, 0.0)

@@ -69,7 +69,9 @@ def monitor(axis_name: _axes.AxisName | None = None) -> optax.GradientTransforma
       <https://arxiv.org/abs/2010.01412>`_, 2020, equation 2.
 
     Note:
-      Five inner products a step. The figures are those of the step's batch:
+      Four norms and three inner products a step. With descent_grad_fn g and
+      g_s are of two functions, whose difference the figures then hold too. The
+      figures are those of the step's batch:
       average them over time for a curve.
     """
 
@@ -89,29 +91,24 @@ def monitor(axis_name: _axes.AxisName | None = None) -> optax.GradientTransforma
         del state, params, extra_args
         _checks.given("clean", clean, "monitor is a descent rule for sharpness_aware")
         _checks.given("perturbation", perturbation, "monitor is a descent rule for sharpness_aware")
-        rise, slope = _dot(clean, perturbation), _dot(updates, perturbation)
-        norms = jnp.sqrt(_dot(clean, clean)), jnp.sqrt(_dot(updates, updates))
+        # Norms and directions apart: products of gradients leave the range of float32.
+        change = jax.tree.map(_difference, updates, clean)
+        (g_norm, g), (_, g_s) = map(_numerics.norm_and_unit, (clean, updates))
+        (d_norm, d), (e_norm, e) = map(_numerics.norm_and_unit, (change, perturbation))
+        rise = g_norm * e_norm * _numerics.inner(g, e)
+        bend = d_norm * _numerics.inner(d, e)
         seen = MonitorState(
-            sharpness=(rise + slope) / 2,
+            sharpness=rise + bend * e_norm / 2,
             first_order=rise,
-            curvature=_ratio(slope - rise, _dot(perturbation, perturbation)),
-            cosine=_ratio(_ratio(_dot(clean, updates), norms[0]), norms[1]),
-            gradient_norm=norms[0],
+            curvature=jnp.where(e_norm == 0, 0, bend / _numerics.nonzero(e_norm)),
+            cosine=_numerics.inner(g, g_s),
+            gradient_norm=g_norm,
         )
+        seen = MonitorState(*(x.astype(jnp.float32) for x in seen))
         return updates, seen if axis_name is None else _axes.mean(seen, axis_name)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _dot(a: Any, b: Any) -> jax.Array:
-    """Real inner product of the floating leaves, in float32."""
-    total = jnp.zeros([], jnp.float32)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        if _numerics.is_perturbable(x):
-            inner = jnp.real(jnp.vdot(_numerics.widened(x), _numerics.widened(y)))
-            total += inner.astype(jnp.float32)
-    return total
-
-
-def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+def _difference(a: Any, b: Any) -> Any:
+    return _numerics.widened(a) - _numerics.widened(b) if _numerics.is_perturbable(a) else a

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from sam_optax import _chart
+from sam_optax import _chart, _numerics
 from sam_optax._types import Normalization
 from sam_optax.sharpness._hessian import Eigenvalues, Trace, hessian_eigenvalues, hessian_trace
 from sam_optax.sharpness._worst_case import WorstCase, one_step, worst_case
@@ -55,7 +55,7 @@ def summary(
     params: optax.Params,
     data: Any,
     *,
-    key: jax.Array,
+    key: int | jax.Array,
     rho: float = 0.05,
     normalization: Normalization | None = None,
     progress: bool = False,
@@ -71,7 +71,7 @@ def summary(
       loss_fn: loss_fn(params, batch) returns the scalar mean loss over a batch.
       params: w, a tree of real arrays.
       data: one batch or a re-iterable of batches, see `one_step`.
-      key: random key.
+      key: random key, or a seed.
       rho: radius of the first two, at least 0.
       normalization: the operator T, for all four.
       progress: show progress bars (needs tqdm).
@@ -105,7 +105,7 @@ def summary(
       the data.
     """
     options: Any = {"normalization": normalization}
-    first, second, third = jax.random.split(key, 3)
+    first, second, third = jax.random.split(_numerics.as_key(key), 3)
     options_bar: Any = options | {"progress": progress}
     return Summary(
         one_step(loss_fn, params, data, rho=rho, **options),

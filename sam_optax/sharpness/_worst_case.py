@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sam_optax import _ascent, _chart, _checks, _streams
+from sam_optax import _ascent, _chart, _checks, _numerics, _streams
 from sam_optax._types import Normalization
 
 
@@ -63,7 +63,9 @@ def one_step(
 
     Args:
       loss_fn: loss_fn(params, batch) returns the scalar mean loss over a batch.
-      params: w, a tree of arrays.
+        What else it uses, such as BatchNorm statistics in evaluation mode, is a
+        constant of its compiled program: define it anew for each solution.
+      params: w, a tree of arrays: what is trained, without BatchNorm statistics.
       data: one batch, a tree of arrays with examples on axis 0, or a list or
         other re-iterable of batches, streamed and weighted by examples.
       rho: radius, at least 0, as in the method whose solution is measured.
@@ -75,7 +77,8 @@ def one_step(
       A `WorstCase`. Its value can be negative where the step overshoots.
 
     Raises:
-      ValueError: if rho is negative, p below 1, or the data cannot be read twice.
+      ValueError: if rho is negative, p below 1, params hold BatchNorm
+        statistics, or the data cannot be read twice.
 
     Example:
       >>> import jax.numpy as jnp
@@ -106,7 +109,7 @@ def worst_case(
     params: optax.Params,
     data: Any,
     *,
-    key: jax.Array | None = None,
+    key: int | jax.Array | None = None,
     rho: float = 0.05,
     p: float = 2.0,
     normalization: Normalization | None = None,
@@ -130,7 +133,7 @@ def worst_case(
       loss_fn: loss_fn(params, batch) returns the scalar mean loss over a batch.
       params: w, a tree of arrays.
       data: one batch or a re-iterable of batches, see `one_step`.
-      key: random key for the starts; needed if restarts is above 0.
+      key: random key, or a seed, for the starts; needed if restarts is above 0.
       rho: radius, at least 0.
       p: 2 or infinity.
       normalization: the operator T, see `one_step`.
@@ -168,6 +171,7 @@ def worst_case(
       (restarts + 1) * steps gradients over the data; memory of four copies of
       the parameters.
     """
+    key = None if key is None else _numerics.as_key(key)
     check_ascent(rho, p, steps, step_size, restarts, key)
     place = _chart.chart(params, normalization, mask)
     total = (restarts + 1) * steps
@@ -290,8 +294,8 @@ def check_ascent(
     _checks.at_least("rho", rho, 0.0)
     if p not in (2, math.inf):
         raise ValueError(f"p must be 2 or infinity for projected ascent, got {p}")
-    _checks.at_least("steps", steps, 1)
+    _checks.integer_at_least("steps", steps, 1)
     _checks.at_least("step_size", rho if step_size is None else step_size, 0.0)
-    _checks.at_least("restarts", restarts, 0)
+    _checks.integer_at_least("restarts", restarts, 0)
     if restarts > 0 and key is None:
         raise ValueError(f"key must be given for random starts, got None with {restarts} restarts")

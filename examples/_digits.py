@@ -66,7 +66,7 @@ def loss_fn(params, batch_stats, x, y, key):
         mutable="batch_stats",
     )
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-    return loss, updated["batch_stats"]
+    return loss, (updated["batch_stats"], logits)
 
 
 @jax.jit
@@ -81,12 +81,11 @@ def _group_gradient(method, shared, state, x, y, key, index):
     """Of one group of `shared` sub-batches, which have BatchNorm and dropout of their own."""
 
     def group_loss(params):
-        outs = [
-            loss_fn(params, state.batch_stats, xs, ys, jax.random.fold_in(key, shared * index + i))
-            for i, (xs, ys) in enumerate(
-                zip(jnp.split(x, shared), jnp.split(y, shared), strict=True)
-            )
-        ]
+        outs = []
+        for i, (xs, ys) in enumerate(zip(jnp.split(x, shared), jnp.split(y, shared), strict=True)):
+            own_key = jax.random.fold_in(key, shared * index + i)
+            loss, (stats, _) = loss_fn(params, state.batch_stats, xs, ys, own_key)
+            outs.append((loss, stats))
         return jax.tree.map(lambda *leaves: sum(leaves) / shared, *outs)
 
     return sam_optax.value_and_grad(group_loss, method, has_aux=True)(state.params)
@@ -153,13 +152,13 @@ def batches(x: Any, y: Any, batch: int, epoch: int) -> Iterator[Any]:
 
 
 def draw(histories: dict[str, np.ndarray], title: str, path: Path) -> None:
-    """Loss and test error by epoch; histories are arrays (epochs, 2)."""
+    """Loss and test error by epoch, the first two columns of the histories."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     # Okabe and Ito's palette, told apart by all kinds of colour vision.
     styles = zip(("#D55E00", "#0072B2", "#009E73"), "os^", strict=True)
     for (name, history), (color, marker) in zip(histories.items(), styles, strict=False):
-        for axis, values in zip(axes, np.asarray(history).T, strict=True):
+        for axis, values in zip(axes, np.asarray(history).T, strict=False):
             epochs = np.arange(1, len(values) + 1)
             axis.plot(epochs, values, marker=marker, ms=3, color=color, label=name)
     axes[0].set(title="Training loss", xlabel="epoch", ylabel="cross-entropy", yscale="log")

@@ -50,8 +50,8 @@ METHODS = {
 
 def make_step(method: optax.GradientTransformation, mesh: Mesh):
     value_and_grad = sam_optax.value_and_grad(
-        _digits.loss_fn, method, axis_name="batch", has_aux=True
-    )
+        _digits.loss_fn, method, axis_name="batch", has_aux=True, average_aux=(True, False)
+    )  # the statistics, and not the logits, which are each device's own
 
     @functools.partial(jax.jit, donate_argnums=0)
     @functools.partial(
@@ -60,7 +60,8 @@ def make_step(method: optax.GradientTransformation, mesh: Mesh):
     def step(state, x, y):
         key = jax.random.fold_in(jax.random.key(SEED), state.step)
         key = jax.random.fold_in(key, jax.lax.axis_index("batch"))  # counts over all processes
-        (loss, batch_stats), grads = value_and_grad(state.params, state.batch_stats, x, y, key)
+        out, grads = value_and_grad(state.params, state.batch_stats, x, y, key)
+        loss, (batch_stats, _) = out
         return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss
 
     return step

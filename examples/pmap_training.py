@@ -36,9 +36,10 @@ SEED = 0
 
 
 def make_step(method: optax.GradientTransformation):
-    # The one line that differs from SGD. Loss, statistics and gradient come back averaged.
+    # The one line that differs from SGD. Loss, statistics and gradient come back averaged; the
+    # logits stay those of the device's own examples, or they would not belong to its labels.
     value_and_grad = sam_optax.value_and_grad(
-        _digits.loss_fn, method, axis_name="batch", has_aux=True
+        _digits.loss_fn, method, axis_name="batch", has_aux=True, average_aux=(True, False)
     )
 
     # The state is donated: its memory becomes that of the new state.
@@ -48,29 +49,32 @@ def make_step(method: optax.GradientTransformation):
         # get this one key.
         key = jax.random.fold_in(key, state.step)
         key = jax.random.fold_in(key, jax.lax.axis_index("batch"))
-        (loss, batch_stats), grads = value_and_grad(state.params, state.batch_stats, x, y, key)
-        return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss
+        out, grads = value_and_grad(state.params, state.batch_stats, x, y, key)
+        loss, (batch_stats, logits) = out
+        wrong = logits.argmax(-1) != y
+        return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss, wrong
 
     return step
 
 
 def train(step, tx, epochs, data, progress):
-    """State of the first device, (loss, test error) of every epoch, milliseconds a step."""
+    """State of all devices, (loss, test error, training error) by epoch, milliseconds a step."""
     x, x_test, y, y_test = data
     key = jax.random.key(SEED)
     state = jax_utils.replicate(_digits.new_state(SEED, tx))  # a leading axis of devices
     history, times = [], []
     for epoch in range(epochs):
-        losses = []
+        losses, wrong = [], []
         for batch in _digits.batches(x, y, BATCH, epoch):
             begin = time.perf_counter()
-            state, loss = step(state, *common_utils.shard(batch), key)  # (devices, m, ...)
+            state, loss, errors = step(state, *common_utils.shard(batch), key)  # (devices, m, ...)
             losses.append(float(loss[0]))  # the same on all devices
+            wrong.append(errors)
             times.append(1e3 * (time.perf_counter() - begin))
             progress.update()
         one = jax_utils.unreplicate(state)
         error = _digits.test_error(one.params, one.batch_stats, x_test, y_test)
-        history.append((float(np.mean(losses)), float(error)))
+        history.append((float(np.mean(losses)), float(error), 100 * float(np.mean(wrong))))
     return state, history, statistics.median(times)
 
 
@@ -104,7 +108,7 @@ def main() -> None:
             expected = _digits.loop_over_groups(method, start, batch, key, devices)
             arguments = state, *common_utils.shard(batch), key
             elements = _digits.all_reduced_elements(step.lower(*arguments).compile())
-            state, loss = step(*arguments)
+            state, loss, _ = step(*arguments)
             # Every device has to end in the same state, that of the loop.
             expected = jax.tree.map(lambda leaf: np.asarray(leaf)[None], expected)
             rows.append(
@@ -112,17 +116,22 @@ def main() -> None:
                     "method": name,
                     "loss": history[-1][0],
                     "test_error": history[-1][1],
+                    "training_error": history[-1][2],
                     "milliseconds": milliseconds,
                     "difference": _digits.largest_difference((state, loss), expected),
                     "all_reduced": elements,
                 }
             )
 
-    print("\n         loss of the   test error  median step   largest difference  all-reduced")
-    print("method    last epoch            %           ms   from a Python loop     elements")
+    print(
+        "\n         loss of the  training error  test error  median step   largest difference  "
+        "all-reduced\nmethod    last epoch               %           %           ms   "
+        "from a Python loop     elements"
+    )
     for row in rows:
         print(
-            f"{row['method']:6} {row['loss']:14.4f} {row['test_error']:12.1f} "
+            f"{row['method']:6} {row['loss']:14.4f} {row['training_error']:15.1f} "
+            f"{row['test_error']:11.1f} "
             f"{row['milliseconds']:12.1f} {row['difference']:20.1e} {row['all_reduced']:12}"
         )
     one = jax_utils.unreplicate(state)

@@ -62,20 +62,28 @@ def make_method(name: str, shared: int) -> optax.GradientTransformation:
 
 def make_step(method: optax.GradientTransformation, mesh: jax.sharding.Mesh):
     axes = mesh.axis_names
-    # The one line that differs from SGD. Loss, statistics and gradient come back averaged.
-    value_and_grad = sam_optax.value_and_grad(_digits.loss_fn, method, axis_name=axes, has_aux=True)
+    # The one line that differs from SGD. Loss, statistics and gradient come back averaged; the
+    # logits stay those of the device's own examples, or they would not belong to its labels.
+    value_and_grad = sam_optax.value_and_grad(
+        _digits.loss_fn, method, axis_name=axes, has_aux=True, average_aux=(True, False)
+    )
 
     @functools.partial(jax.jit, donate_argnums=0)
     @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(P(), P(axes), P(axes), P()), out_specs=(P(), P())
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P(), P(axes), P(axes), P()),
+        out_specs=(P(), P(), P(axes)),
     )
     def step(state, x, y, key):  # the state is that of all devices, x and y are this one's part
         # Without the index of the device all would drop the same units. Both passes of SAM
         # get this one key.
         key = jax.random.fold_in(key, state.step)
         key = jax.random.fold_in(key, jax.lax.axis_index(axes))
-        (loss, batch_stats), grads = value_and_grad(state.params, state.batch_stats, x, y, key)
-        return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss
+        out, grads = value_and_grad(state.params, state.batch_stats, x, y, key)
+        loss, (batch_stats, logits) = out
+        wrong = logits.argmax(-1) != y
+        return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss, wrong
 
     return step
 
@@ -92,14 +100,15 @@ def train(step, state, start, stop, history, data, mesh, checkpoints=None):
     split, times = NamedSharding(mesh, P(mesh.axis_names)), []
     key = jax.device_put(jax.random.key(SEED), NamedSharding(mesh, P()))
     for epoch in tqdm.trange(start, stop, unit="epoch", dynamic_ncols=True):
-        losses = []
+        losses, wrong = [], []
         for batch in _digits.batches(x, y, BATCH, epoch):
             begin = time.perf_counter()
-            state, loss = step(state, *jax.device_put(batch, split), key)
+            state, loss, errors = step(state, *jax.device_put(batch, split), key)
             losses.append(float(loss))
+            wrong.append(errors)
             times.append(1e3 * (time.perf_counter() - begin))
         error = _digits.test_error(state.params, state.batch_stats, x_test, y_test)
-        history[epoch] = np.mean(losses), float(error)
+        history[epoch] = np.mean(losses), float(error), 100 * np.mean(wrong)
         if checkpoints is not None:
             save = ocp.args.StandardSave({"state": state, "history": history.copy()})
             checkpoints.save(epoch + 1, args=save)  # in the background, from a copy
@@ -127,7 +136,7 @@ def run(name, tx, mesh, epochs, data, directory, args):
     split = jax.device_put(extra, NamedSharding(mesh, P(mesh.axis_names)))
     key = jax.device_put(jax.random.key(SEED), NamedSharding(mesh, P()))
     step = make_step(make_method(name, args.shared), mesh).lower(state, *split, key).compile()
-    history, start, half = np.full((epochs, 2), np.nan), 0, epochs // 2
+    history, start, half = np.full((epochs, 3), np.nan), 0, epochs // 2
     keep = ocp.CheckpointManagerOptions(max_to_keep=1, keep_period=half)
     with ocp.CheckpointManager(directory.absolute(), options=keep) as checkpoints:
         if args.resume and checkpoints.latest_step() is not None:
@@ -137,7 +146,7 @@ def run(name, tx, mesh, epochs, data, directory, args):
         state, times = train(step, state, start, stop, history, data, mesh, checkpoints)
         row = {"method": name, "epochs": stop, "bits": digest(state)}
         row |= {"milliseconds": statistics.median(times) if times else float("nan")}
-        row["loss"], row["test_error"] = map(float, history[stop - 1])
+        row["loss"], row["test_error"], row["training_error"] = map(float, history[stop - 1])
         if name == "SAM" and stop == epochs and half in checkpoints.all_steps():
             again, _ = restore(checkpoints, half, state, history)
             again, _ = train(step, again, half, epochs, history.copy(), data, mesh)
@@ -145,7 +154,7 @@ def run(name, tx, mesh, epochs, data, directory, args):
     # One more step, by both routes from the same state.
     shared, start = 1 if name == "SGD" else args.shared, jax.device_get(state)
     loop = _digits.loop_over_groups(REFERENCES[name], start, extra, key, mesh.size, shared)
-    row["difference"] = _digits.largest_difference(step(state, *split, key), loop)
+    row["difference"] = _digits.largest_difference(step(state, *split, key)[:2], loop)
     row["all_reduced"] = _digits.all_reduced_elements(step)
     return row, history[:stop]
 
@@ -176,12 +185,14 @@ def main() -> None:
         rows.append(row)
 
     print(
-        "\n                 loss of the  test error  median step  largest difference  all-reduced"
+        "\n                 loss of the  training error  test error  median step  "
+        "largest difference  all-reduced\nmethod  epochs    last epoch               %           %"
+        "           ms  from a Python loop     elements"
     )
-    print("method  epochs    last epoch           %           ms  from a Python loop     elements")
     for row in rows:
         print(
-            f"{row['method']:6} {row['epochs']:7} {row['loss']:13.4f} {row['test_error']:11.1f} "
+            f"{row['method']:6} {row['epochs']:7} {row['loss']:13.4f} "
+            f"{row['training_error']:15.1f} {row['test_error']:11.1f} "
             f"{row['milliseconds']:12.1f} {row['difference']:19.1e} {row['all_reduced']:12}"
         )
     state = jax.eval_shape(lambda: _digits.new_state(SEED, tx))

@@ -51,10 +51,7 @@ class TrainState(train_state.TrainState):
 
 @functools.partial(jax.jit, static_argnames="method", donate_argnames="state")
 def train_step(state: TrainState, x, y, key, method) -> tuple[TrainState, jax.Array]:
-    # Both passes of SAM get the same arguments, so the same key and the same dropout mask.
-    key = jax.random.fold_in(key, state.step)
-
-    def loss_fn(params, x, y):
+    def loss_fn(params, x, y, key):
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, updated = state.apply_fn(
             variables, x, train=True, rngs={"dropout": key}, mutable="batch_stats"
@@ -64,7 +61,10 @@ def train_step(state: TrainState, x, y, key, method) -> tuple[TrainState, jax.Ar
 
     # aux, here the statistics, is that of the clean pass.
     value_and_grad = sam_optax.value_and_grad(loss_fn, method, has_aux=True)
-    (loss, batch_stats), grads = value_and_grad(state.params, x, y)
+    # Both passes of SAM get the same arguments, so the same key and the same dropout mask; of a
+    # key that loss_fn closes over, micro-batches and devices could not make keys of their own.
+    key = jax.random.fold_in(key, state.step)
+    (loss, batch_stats), grads = value_and_grad(state.params, x, y, key)
     return state.apply_gradients(grads=grads, batch_stats=batch_stats), loss
 
 

@@ -270,7 +270,9 @@ class _Call:
             return path[0] in filters and filters[path[0]](path[1:], value)
 
         self._split = lambda objects: nnx.split(objects, differentiated, ...)
-        self._graph, params, self.state = self._split(tuple(self._objects))
+        self._graph, params, state = self._split(tuple(self._objects))
+        # Of its own: later passes start from it, after the objects have moved on.
+        self.state = jax.tree.map(lambda x: x, state)
         own = lambda x: params.get(x.index, nnx.State({})) if isinstance(x, _doors.Hole) else x
         self.params = tuple(_doors.map_holes(own, entry) for entry in self._entries.values())
 

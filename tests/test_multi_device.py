@@ -584,6 +584,8 @@ def test_examples_equal_the_definition_and_move_what_they_say(name, tolerance, t
         moved = volumes * _digits.size(state.params) + _digits.size(state.batch_stats) + 1
         assert row["all_reduced"] == moved
         assert row["difference"] < tolerance
+        if name != "multi_process":  # some 45 %; from the devices' mean logits 79 %
+            assert 30 < row["training_error"] < 60
     if name == "multi_process":
         own, one = (row["losses"] for row in rows)
         assert own[0] == one[0] > max(own[1], one[1])

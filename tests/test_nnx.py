@@ -2,6 +2,7 @@
 
 import functools
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -390,6 +391,136 @@ def test_methods_with_memory_train_modules_with_batch_norm_and_dropout(name, tmp
     restore(tmp_path / "saved.npz", *resumed)
     step(*resumed)
     jax.tree.map(np.testing.assert_array_equal, pure(nnx.state(resumed[0])), pure(nnx.state(model)))
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_later_passes_start_from_the_state_before_the_step(jit):
+    """Also outside of jit, and where another dtype has the loss traced again."""
+    model, before = Module(nnx.Rngs(0)), Module(nnx.Rngs(0))
+    half = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+
+    def gradients(model):
+        _, grads, grad_fn = sam_optax.nnx.value_and_grad_fn(nnx_loss)(model, X, Y)
+        params = nnx.state(model, nnx.Param)
+        return grads, grad_fn(params), grad_fn(half(params))
+
+    grads, again, halved = (nnx.jit(gradients) if jit else gradients)(model)
+    assert_close(pure(grads), pure(nnx.grad(nnx_loss)(before, X, Y)))
+    assert_close(pure(again), pure(grads))
+    assert_close(pure(jax.tree.map(jnp.float32, halved)), pure(grads), rtol=0.1, atol=0.1)
+
+
+# Training steps in the form of Flax's own examples.
+
+
+def nnx_sam_by_hand(loss, steps, *objects):
+    """Plain SAM by SGD of the first object, on copies; the values of the clean passes."""
+    model, *others = objects
+    optimizer, values = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param), []
+    for _ in range(steps):
+        moved, *same = (nnx.clone(x) for x in (model, *others))
+        value, g = nnx.value_and_grad(loss, has_aux=True)(model, *others)
+        nnx.update(moved, perturbed(nnx.state(model, nnx.Param), g))
+        optimizer.update(model, nnx.grad(loss, has_aux=True)(moved, *same)[0])
+        values.append(value)
+    return values
+
+
+LABELS = jnp.arange(16) % 2
+
+
+def classify(model, batch, rngs):
+    logits = jnp.stack([model(batch["x"], rngs), jnp.zeros(16)], axis=1)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+    return loss, logits
+
+
+@pytest.mark.parametrize("door", [1, 2])
+def test_metrics_after_the_call_and_views_for_evaluation(door):
+    method, sgd = sam_optax.sam(RHO), optax.sgd(0.1)
+    model, rngs, batch = Masked(nnx.Rngs(0)), nnx.Rngs(7), {"x": X, "label": LABELS}
+    tx = sgd if door == 1 else optax.chain(method, sgd)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    training = nnx.view(model, deterministic=False, use_running_average=False)
+    evaluation = nnx.view(model, deterministic=True, use_running_average=True)
+    metrics = nnx.MultiMetric(accuracy=nnx.metrics.Accuracy(), loss=nnx.metrics.Average("loss"))
+
+    @nnx.jit
+    def train_step(model, optimizer, metrics, rngs, batch):
+        if door == 1:
+            evaluate = sam_optax.nnx.value_and_grad(classify, method, has_aux=True)
+            (loss, logits), grads = evaluate(model, batch, rngs)
+            optimizer.update(model, grads)
+        else:
+            evaluate = sam_optax.nnx.value_and_grad_fn(classify, has_aux=True)
+            (loss, logits), grads, grad_fn = evaluate(model, batch, rngs)
+            optimizer.update(model, grads, grad_fn=grad_fn)
+        metrics.update(loss=loss, logits=logits, labels=batch["label"])
+
+    for _ in range(3):
+        train_step(training, optimizer, metrics, rngs, batch)
+    other, other_rngs = Masked(nnx.Rngs(0)), nnx.Rngs(7)
+    loss_fn = lambda model, rngs: classify(model, batch, rngs)
+    values = nnx_sam_by_hand(loss_fn, 3, other, other_rngs)
+    assert_close(pure(nnx.state((model, rngs))), pure(nnx.state((other, other_rngs))), 1e-4, 1e-5)
+    right = [np.argmax(logits, axis=1) == LABELS for _, logits in values]
+    assert_close(
+        metrics.compute(), {"accuracy": np.mean(right), "loss": np.mean([v[0] for v in values])}
+    )
+    other.eval()
+    assert_close(evaluation(X, None), other(X, None), 1e-4, 1e-5)
+
+
+class Sowing(Masked):
+    def __call__(self, x, rngs):
+        self.sow(nnx.Intermediate, "mean", jnp.mean(x, axis=0))
+        return super().__call__(x, rngs)
+
+
+@pytest.mark.parametrize("graph_mode", [True, False])
+@pytest.mark.parametrize("pure_params", [True, False])
+@pytest.mark.parametrize("door", [1, 2])
+def test_forked_streams_captured_intermediates_and_pure_params(door, pure_params, graph_mode):
+    """The loss closes over the batch and gets a module, or the state of its parameters."""
+
+    def step(model, optimizer, rngs):
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def loss_fn(given, rngs):
+            if pure_params:
+                given = nnx.merge(graph, given, rest)
+            out, captured = nnx.capture(given, nnx.Intermediate)(X, rngs)
+            return jnp.mean((out - Y) ** 2), (out, captured)
+
+        given = params if pure_params else model
+        if door == 1:
+            evaluate = sam_optax.nnx.value_and_grad(loss_fn, sam_optax.sam(RHO), has_aux=True)
+            value, grads = evaluate(given, rngs.fork())
+            optimizer.update(model, grads)
+        else:
+            evaluate = sam_optax.nnx.value_and_grad_fn(loss_fn, has_aux=True)
+            value, grads, grad_fn = evaluate(given, rngs.fork())
+            optimizer.update(model, grads, grad_fn=grad_fn)
+        return value
+
+    flax.config.update("nnx_graph_mode", graph_mode)
+    try:
+        model, rngs = Sowing(nnx.Rngs(0)), nnx.Rngs(7)
+        model.norm.use_running_average = pure_params  # pure parameters do not bring statistics back
+        tx = optax.sgd(0.1) if door == 1 else optax.chain(sam_optax.sam(RHO), optax.sgd(0.1))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        jitted = nnx.jit(step)
+        values = [jitted(model, optimizer, rngs) for _ in range(2)]
+    finally:
+        flax.config.update("nnx_graph_mode", True)
+    other, other_rngs = Masked(nnx.Rngs(0)), nnx.Rngs(7)
+    other.norm.use_running_average = pure_params
+    loss_fn = lambda model, rngs: (masked_loss(model, (X, Y), rngs), None)
+    for value in values:
+        ((clean, _),) = nnx_sam_by_hand(loss_fn, 1, other, other_rngs.fork())
+        assert_close(value[0], clean, 1e-4)
+        assert_close(jax.tree.leaves(value[1][1]), [jnp.mean(X, axis=0)])
+    assert_close(pure(nnx.state(model)), pure(nnx.state(other)), 1e-4, 1e-5)
 
 
 def test_an_optimizer_of_another_filter_is_refused():

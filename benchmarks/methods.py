@@ -4,7 +4,6 @@ Methods are found among the public names; one that is added appears here without
 has defaults. What a method does every 100 steps (`sparse_sam`, `eigen_sam`) is not in a median.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,8 @@ import sam_optax
 # Arguments of methods that have required ones, or whose usual value costs something else.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "adaptive": {"method": sam_optax.sam(), "steps": 10_000},
+    "cadenced": {"method": sam_optax.sam(), "when": sam_optax.every(_steps.CYCLE)},
+    "draws": {"method": sam_optax.sharpness_aware(sam_optax.gaussian_ascent()), "count": 2},
     "late_phase": {"method": sam_optax.sam(), "start": 1_000_000},  # before the start
     "randomised": {"method": sam_optax.sam()},
 }
@@ -32,21 +33,12 @@ WITH_BASE: dict[str, Callable[[optax.GradientTransformation], Any]] = {
     "lookbehind": lambda base: sam_optax.lookbehind(base),
     "sampa": lambda base: sam_optax.sampa(base),
 }
-# These need no clean gradient: the loss comes from the pass that they make.
-ONE_PASS = ("momentum_sam", "random_perturbation", "sampa")
-NO_METHODS = ("dual_ascent", "pmean", "sharpness_aware")  # parts of methods
 
 
 def names() -> list[str]:
-    """Exported functions that return a method."""
-    found = []
-    for name in sam_optax.__all__:
-        public = getattr(sam_optax, name)
-        if inspect.isfunction(public) and name not in NO_METHODS:
-            returned = str(inspect.signature(public).return_annotation)
-            if "GradientTransformation" in returned:
-                found.append(name)
-    return found
+    """Public names of methods that are links of a chain, or optimizers."""
+    whole = ("method", "wrapper", "optimizer")
+    return [name for name, member in sam_optax.FAMILY.items() if member.kind in whole]
 
 
 def steps(problem: Problem) -> dict[str, Callable[[], Step]]:
@@ -58,8 +50,10 @@ def steps(problem: Problem) -> dict[str, Callable[[], Step]]:
             tx = WITH_BASE[name](base)
         else:
             tx = optax.chain(getattr(sam_optax, name)(**ARGUMENTS.get(name, {})), base)
-        source = "perturbed" if name in ONE_PASS else "clean"
-        takes = ("grad_fn", "previous_grad_fn") if name == "sampa" else ("grad_fn",)
+        member = sam_optax.FAMILY[name]
+        # Where no clean gradient is needed, the loss comes from the pass that the method makes.
+        source = "clean" if member.uses_clean else "perturbed"
+        takes = ("grad_fn", *member.needs)
         return _steps.through_second_door(problem, tx, loss_from=source, takes=takes)
 
     second_order = optax.chain(sam_optax.sam(second_order=True), base)

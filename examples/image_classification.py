@@ -85,12 +85,17 @@ MODELS = ("10-1", "16-8", "22-8", "28-10")  # depth and width; the first is for 
 KEPT = 2  # checkpoints
 NOT_SETTINGS = ("out", "resume", "stop_after", "checkpoint_every", "quick")  # may differ on resume
 OPERATORS = ("elementwise", "filterwise", "layerwise", "normalization_mask")  # as --method-args
-REFUSED = {  # public names that are no method for this script, and why
-    "dual_ascent": "is a part of methods; take sam or asam",
+WHOLE = ("method", "wrapper", "optimizer")  # kinds of public names that this script can train with
+LOSSES = "needs each example's own loss, and with BatchNorm examples have none"
+REFUSED = {  # the others, and why
+    name: LOSSES if "losses" in member.needs else "is a part of methods; take sam or asam"
+    for name, member in sam_optax.FAMILY.items()
+    if member.kind not in WHOLE
+} | {
+    "cadenced": "takes a cadence; take late_phase, randomised or adaptive",
+    "draws": "takes a random method; take random_perturbation",
     "sharpness_aware": "builds methods from parts; take sam or asam",
     "pmean": "averages over devices, which this script does by itself",
-    "esam": "needs each example's own loss, and with BatchNorm examples have none",
-    "k_sam": "needs each example's own loss, and with BatchNorm examples have none",
 }
 
 
@@ -170,14 +175,7 @@ def optimizer(args: argparse.Namespace, learning_rate: optax.Schedule) -> Any:
 
 def methods() -> list[str]:
     """Names of the methods of the library."""
-    names = []
-    for name in (name for name in sam_optax.__all__ if name not in REFUSED):
-        if inspect.isfunction(public := getattr(sam_optax, name)):
-            signature = inspect.signature(public)
-            makes_one = "GradientTransformation" in str(signature.return_annotation)
-            if makes_one and {"rho", "std", "method"} & set(signature.parameters):
-                names.append(name)
-    return names
+    return [name for name in sam_optax.FAMILY if name not in REFUSED]
 
 
 def parsed(text: str) -> tuple[str, Any]:

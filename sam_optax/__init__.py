@@ -25,6 +25,8 @@ from sam_optax._cadence import cadenced as cadenced
 from sam_optax._cadence import every as every
 from sam_optax._cadence import from_step as from_step
 from sam_optax._descent import extrapolate as extrapolate
+from sam_optax._family import FAMILY as FAMILY
+from sam_optax._family import Member as Member
 from sam_optax._family.adaptive import WhenLargeState as WhenLargeState
 from sam_optax._family.adaptive import adaptive as adaptive
 from sam_optax._family.adaptive import when_large as when_large
@@ -107,10 +109,12 @@ __all__ = (
     "BSAMState",
     "CadencedState",
     "DecoupledWSAMState",
+    "FAMILY",
     "GAMState",
     "GaussianAscentState",
     "LargestEntriesState",
     "LookbehindState",
+    "Member",
     "MomentumState",
     "PreviousState",
     "RunningAverageState",

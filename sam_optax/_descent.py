@@ -44,10 +44,10 @@ def extrapolate(weight: optax.ScalarOrSchedule) -> optax.GradientTransformationE
       >>> ascent = sam_optax.dual_ascent(rho=0.5)
       >>> for weight in (0.0, 1.0, 2.0):
       ...     method = sam_optax.sharpness_aware(ascent, sam_optax.extrapolate(weight))
-      ...     print(sam_optax.grad(loss_fn, method)(w).round(1))
-      [6. 8.]
-      [6.6 8.8]
-      [7.2 9.6]
+      ...     print(*(f"{x:.1f}" for x in sam_optax.grad(loss_fn, method)(w)))
+      6.0 8.0
+      6.6 8.8
+      7.2 9.6
 
     References:
       Zhao et al., `Penalizing Gradient Norm for Efficiently Improving

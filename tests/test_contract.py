@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sam_optax
-from sam_optax._family import FAMILY
+from sam_optax import FAMILY
 
 # Arguments of those that have required ones; a new method with defaults needs no entry.
 ARGUMENTS = {

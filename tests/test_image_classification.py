@@ -262,7 +262,10 @@ def test_paths_that_are_no_data(tmp_path, monkeypatch):
         (["--method", "adam"], "--method must be one of ['sgd', 'adaptive', 'asam', "),
         (["--method", "sgd", "--rho", "1"], "--rho must be left out, sgd has none, got 1.0"),
         (["--rho", "-1"], "argument --rho: must be at least 0, got -1"),
-        (["--method-args", "eta=1"], "--method-args must be of ['mask', 'p', 'second_order'] for"),
+        (
+            ["--method-args", "eta=1"],
+            "--method-args must be of ['descent', 'mask', 'normalization', 'p', 'second_order'",
+        ),
         (["--method-args", "p"], "--method-args must be name=value, a number, True, False, None"),
         (["--method-args", "p=big"], "None or one of ('elementwise', 'filterwise', 'layerwise', "),
         (["--method-args", "p=0.5"], "p must be"),

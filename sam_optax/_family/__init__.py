@@ -94,8 +94,3 @@ FAMILY = {
     "xsam": Member("method"),
     "z_sharp": Member("method"),
 }
-
-
-def named(*kinds: Kind) -> list[str]:
-    """The names of some kinds, sorted."""
-    return [name for name, member in FAMILY.items() if member.kind in kinds]

@@ -74,20 +74,23 @@ def as_key(key: int | jax.Array) -> jax.Array:
     return jax.random.key(key) if is_seed else jnp.asarray(key)
 
 
-def key_stream(key: int | jax.Array) -> tuple[jax.Array, Callable[..., Any]]:
+def key_stream(key: int | jax.Array) -> tuple[Callable[[], jax.Array], Callable[..., Any]]:
     """A key as plain data, which any checkpoint can hold, and how to draw from it.
 
-    The function returned takes the data and a number n, and gives the data of
-    the next step and n keys for this one.
+    The first function returned gives the data; the second takes the data and a
+    number n, and gives the data of the next step and n keys for this one. Both
+    wait until they are called, so that building a method runs nothing on a device.
     """
-    first = as_key(key)
-    kind = jax.random.key_impl(first)
+
+    def first() -> jax.Array:
+        return jax.random.key_data(as_key(key))
 
     def draw(data: jax.Array, n: int = 1) -> tuple[jax.Array, jax.Array]:
+        kind = jax.random.key_impl(as_key(key))
         keys = jax.random.split(jax.random.wrap_key_data(data, impl=kind), n + 1)
         return jax.random.key_data(keys[0]), keys[1:]
 
-    return jax.random.key_data(first), draw
+    return first, draw
 
 
 def keep_if_nonfinite(gradient: Any, new: Any, old: Any) -> Any:

@@ -21,9 +21,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 @pytest.fixture
 def x64():
-    """Float64 for one test, to compare with NumPy to rounding."""
-    with jax.enable_x64(True):
-        yield
+    """Float64 for one test, to compare with NumPy to rounding.
+
+    In all threads: the context manager does not reach those that run callbacks.
+    """
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
 
 
 @pytest.fixture

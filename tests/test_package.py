@@ -18,7 +18,7 @@ import sam_optax.landscape
 import sam_optax.nnx
 import sam_optax.sharpness
 
-# A leading underscore marks what examples share; tests/test_experiments.py runs the experiments.
+# A leading underscore marks what examples share; tests/programs/test_experiments.py runs the experiments.
 ONE_DEVICE = [p for p in sorted(EXAMPLES.glob("[!_]*.py")) if p.stem not in SEVERAL_DEVICES]
 MODULES = (
     *(sam_optax, sam_optax.averaging, sam_optax.averaging.nnx, sam_optax.draw),
@@ -57,10 +57,12 @@ def test_the_core_needs_jax_and_optax_alone():
 @pytest.mark.parametrize("module, name", FUNCTIONS, ids=lambda x: getattr(x, "__name__", x))
 def test_docstrings_say_all(module, name):
     doc = inspect.getdoc(getattr(module, name)) or ""
-    for section in ("Args:", "Returns:", "Raises:", "Example:", ">>>", "References:"):
+    parameters = inspect.signature(getattr(module, name)).parameters
+    sections = ("Returns:", "Raises:", "Example:", ">>>", "References:")
+    for section in (*sections, "Args:") if parameters else sections:
         assert section in doc, f"{name} lacks {section}"
     assert doc.splitlines()[0].endswith(".")
-    for parameter in inspect.signature(getattr(module, name)).parameters:
+    for parameter in parameters:
         assert re.search(rf"^\s*\**{parameter}: ", doc, re.M), (
             f"{name} does not describe {parameter}"
         )

@@ -29,7 +29,7 @@ def previous() -> optax.GradientTransformationExtraArgs:
       A filter with state, for a chain before an ascent.
 
     Raises:
-      Nothing of its own.
+      ValueError: never; a gradient of another structure fails in JAX.
 
     Example:
       >>> import jax.numpy as jnp, sam_optax

@@ -130,7 +130,7 @@ def bsam(
             return jax.tree.map(leaf, params)
 
         return BSAMState(
-            key=first,
+            key=first(),
             momentum=wide(0.0),
             scale=wide(scale),
             counts=(count_for(learning_rate), count_for(rho)),

@@ -68,7 +68,7 @@ def gaussian_ascent(
 
     def init(params: optax.Params) -> GaussianAscentState:
         del params
-        return GaussianAscentState(first, count_for(std))
+        return GaussianAscentState(first(), count_for(std))
 
     def update(
         updates: optax.Updates,

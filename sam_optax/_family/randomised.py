@@ -63,7 +63,7 @@ def with_probability(
 
     def init(params: optax.Params) -> WithProbabilityState:
         del params
-        return WithProbabilityState(jnp.zeros([], jnp.int32), first)
+        return WithProbabilityState(jnp.zeros([], jnp.int32), first())
 
     def update(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any

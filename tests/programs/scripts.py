@@ -4,9 +4,9 @@ import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-# Run by tests/test_multi_device.py: how far they may be from the definition they compare with.
+# Run by tests/core/test_multi_device.py: how far they may be from the definition they compare with.
 SEVERAL_DEVICES = {"pmap_training": 1e-5, "shard_map_training": 1e-5, "multi_process": 1e-12}
 
 

@@ -1,13 +1,12 @@
 """m-sharpness: micro-batches and mapped axes equal a plain Python loop over the groups."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_reference as ref
 import optax
 import pytest
+from checks import assert_same
 from jax.sharding import AxisType, PartitionSpec
 
 import sam_optax
@@ -42,10 +41,6 @@ def loop_over_groups(params, x, y, groups):
         out = ((loss, aux), g_s)
         total = out if total is None else jax.tree.map(jnp.add, total, out)
     return jax.tree.map(lambda t: t / groups, total)
-
-
-def assert_same(a, b):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13), a, b)
 
 
 def sharp(**options):

@@ -19,7 +19,7 @@ import pytest
 
 import sam_optax
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
 import _wide_resnet
 import image_classification as script
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy_reference as ref
 import optax
 import pytest
+from checks import assert_exact as assert_close
 from jax.sharding import AxisType, PartitionSpec
 from numpy_family import add, dot, norm, scaled, unit
 
@@ -69,10 +70,6 @@ def train(tx, params, data=None, apart=False):
         params, state = step(params, state, previous, batch)
         previous = batch
     return params
-
-
-def assert_close(a, b, rtol=1e-10, atol=1e-12):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), a, b)
 
 
 # GAM

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import orbax.checkpoint
 import pytest
+from checks import close_to
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -50,8 +51,7 @@ def iterates(tx, steps, dtype=jnp.float32):
     return seen, state
 
 
-def assert_close(a, b, rtol=1e-6, atol=1e-7):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), a, b)
+assert_close = close_to(1e-6, 1e-7)
 
 
 def assert_same(a, b):

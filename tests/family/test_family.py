@@ -11,6 +11,7 @@ import numpy_family as fam
 import numpy_reference as ref
 import optax
 import pytest
+from checks import assert_exact as assert_close
 from flax import nnx
 
 import sam_optax
@@ -48,18 +49,6 @@ SCHEDULED = [(n, {**kw, "rho": lambda t: 0.1 + 0.1 * t}, c) for n, kw, c in FIRS
 ON_THE_SPHERE = {"gsam", "wsam", "gradient_norm_penalty", "look_sam", "friendly_sam", "vasso"}
 ON_THE_SPHERE |= {"momentum_sam", "cr_sam", "xsam", "stable_sam", "async_sam"}
 AT_REST_FIRST = {"momentum_sam", "async_sam"}
-
-
-@pytest.fixture
-def x64():
-    """Float64 in all threads: the context manager does not reach those that run callbacks."""
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
-def assert_close(a, b, rtol=1e-10, atol=1e-12):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), a, b)
 
 
 def build(name, **arguments):

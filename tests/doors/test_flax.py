@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import assert_close
 from flax.training.dynamic_scale import DynamicScale
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType
@@ -18,10 +19,6 @@ import sam_optax
 RHO = 0.3
 X = jax.random.normal(jax.random.key(0), (16, 6))
 Y = jnp.sin(3 * X[:, 0])
-
-
-def assert_close(a, b, rtol=1e-5, atol=1e-6):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), a, b)
 
 
 def perturbed(params, grads):

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.examples  # they test scripts, not the library
 
-FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
+FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 TABLES = (
     "step_time",
     "methods",

@@ -20,6 +20,7 @@ import numpy_reference as ref
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from checks import assert_same
 from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -106,10 +107,6 @@ def folded(key, *numbers):
     for n in numbers:
         keys = [jax.random.fold_in(k, i) for k in keys for i in range(n)]
     return keys
-
-
-def assert_same(a, b):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-13), a, b)
 
 
 def mesh(**axes):

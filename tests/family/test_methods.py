@@ -8,6 +8,7 @@ import numpy as np
 import numpy_reference as ref
 import optax
 import pytest
+from checks import assert_exact as assert_close
 
 import sam_optax
 
@@ -41,10 +42,6 @@ def train_functional(method, params, batch, steps, lr=0.05, momentum=0.9, decay=
         updates, state = tx.update(sharp(params, batch), state, params)
         params = optax.apply_updates(params, updates)
     return params
-
-
-def assert_close(a, b, rtol=1e-10, atol=1e-12):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), a, b)
 
 
 @pytest.mark.parametrize("door", [train, train_functional])

@@ -8,16 +8,13 @@ import numpy as np
 import numpy_reference as ref
 import optax
 import pytest
-from test_contract import METHODS, build
+from checks import assert_close
+from public import METHODS, build
 
 import sam_optax
 
 jax_loss = functools.partial(ref.loss, jnp)
 PARAMS, BATCH = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), ref.network())
-
-
-def assert_close(a, b, rtol=1e-5, atol=1e-6):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), a, b)
 
 
 def loss_with_aux(params, batch):

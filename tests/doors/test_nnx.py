@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import assert_close
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
-from test_contract import METHODS, build
+from public import METHODS, build
 
 import sam_optax
 import sam_optax.nnx
@@ -19,10 +20,6 @@ RHO = 0.3
 X = jax.random.normal(jax.random.key(0), (16, 6))
 Y = jnp.sin(3 * X[:, 0])
 P = PartitionSpec
-
-
-def assert_close(a, b, rtol=1e-5, atol=1e-6):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), a, b)
 
 
 def perturbed(params, grads):

@@ -14,7 +14,7 @@ import optax
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from test_contract import UNMAPPED, build
+from public import UNMAPPED, build
 
 import sam_optax
 import sam_optax.equinox

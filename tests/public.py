@@ -1,0 +1,67 @@
+"""Every public function that returns a transformation, built and in its place."""
+
+import inspect
+
+import optax
+
+import sam_optax
+from sam_optax import FAMILY
+
+# Arguments of those that have required ones; a new method with defaults needs no entry.
+ARGUMENTS = {
+    "adaptive": {"method": sam_optax.sam(), "steps": 10},
+    "bsam": {"learning_rate": 0.1, "data_size": 100},
+    "cadenced": {"method": sam_optax.sam(), "when": sam_optax.every(2)},
+    "decoupled_wsam": {"base": optax.sgd(0.1), "learning_rate": 0.1},
+    "draws": {"method": sam_optax.sharpness_aware(sam_optax.gaussian_ascent(0.1)), "count": 2},
+    "dual_ascent": {"rho": 0.1},
+    "every": {"k": 2},
+    "extrapolate": {"weight": 0.5},
+    "fisher_ascent": {"rho": 0.1},
+    "from_step": {"start": 1},
+    "late_phase": {"method": sam_optax.sam(), "start": 1},
+    "lookbehind": {"base": optax.sgd(0.1)},
+    "multi_step": {"ascent": sam_optax.dual_ascent(0.1)},
+    "pmean": {"axis_name": "batch"},
+    "proportional_ascent": {"rho": 0.1},
+    "randomised": {"method": sam_optax.sam()},
+    "running_average": {"weight": 0.5},
+    "sampa": {"base": optax.sgd(0.1)},
+    "sharpness_aware": {"ascent": sam_optax.dual_ascent(0.1)},
+    "when_large": {"steps": 10},
+}
+
+
+def exported():
+    """Public functions that return a transformation."""
+    for name in sam_optax.__all__:
+        public = getattr(sam_optax, name)
+        if inspect.isfunction(public):
+            returned = str(inspect.signature(public).return_annotation)
+            if "GradientTransformation" in returned:
+                yield name
+
+
+METHODS = sorted(exported())
+UNMAPPED = [name for name in METHODS if name != "pmean"]
+
+
+def as_method(name, rule):
+    """A rule in its place in the simplest method; methods as they are."""
+    ascent, aware = sam_optax.dual_ascent(0.1), sam_optax.sharpness_aware
+    kind, needs, _ = FAMILY.get(name, ("method", (), True))
+    if kind == "filter":
+        descent = sam_optax.keep_momentum() if "keep_momentum" in needs else None
+        return aware(optax.chain(rule, ascent), descent)
+    if kind == "ascent":
+        return aware(rule)
+    if kind == "descent":
+        return aware(ascent, rule)
+    if kind == "otherwise":
+        keep = sam_optax.keep_orthogonal()
+        return aware(ascent, keep, when=sam_optax.every(2), otherwise=rule)
+    return aware(ascent, when=rule) if kind == "cadence" else rule
+
+
+def build(name, **overrides):
+    return as_method(name, getattr(sam_optax, name)(**ARGUMENTS.get(name, {}), **overrides))

@@ -5,6 +5,7 @@ A perturbation is an Optax update, and a method is a composition: a cadence of
 
     _checks, _numerics, _axes, _memory,      errors; arithmetic on trees; mapped axes;
     _selection, _hyperparameters, _types     averages; order statistics; numbers or schedules
+    _rules                                   how a rule is written
     _masks, _normalization                   what is perturbed, and how it is measured
     _gradients                               the gradient functions that update is given, checked
     _ascent, _descent, _cadence              the rules that no paper owns
@@ -100,6 +101,7 @@ from sam_optax._functional import value_and_grad_fn as value_and_grad_fn
 from sam_optax._normalization import elementwise as elementwise
 from sam_optax._normalization import filterwise as filterwise
 from sam_optax._normalization import layerwise as layerwise
+from sam_optax._rules import stateless as stateless
 from sam_optax._sharpness_aware import SharpnessAwareState as SharpnessAwareState
 from sam_optax._sharpness_aware import sharpness_aware as sharpness_aware
 
@@ -179,6 +181,7 @@ __all__ = (
     "sharpness_aware",
     "sparse_sam",
     "stable_sam",
+    "stateless",
     "surrogate_gap",
     "toward_eigenvector",
     "unnormalised_sam",

@@ -8,7 +8,8 @@ import optax
 
 from sam_optax import _checks, _masks, _normalization, _numerics
 from sam_optax._hyperparameters import count_for, scheduled
-from sam_optax._types import Mask, Normalization, transformation
+from sam_optax._rules import transformation
+from sam_optax._types import Mask, Normalization
 
 
 def dual_ascent(

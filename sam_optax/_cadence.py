@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from sam_optax import _checks
-from sam_optax._types import When, rule, transformation
+from sam_optax._rules import rule, transformation
+from sam_optax._types import When
 
 
 class StepCountState(NamedTuple):

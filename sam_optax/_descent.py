@@ -1,24 +1,12 @@
 """Descent rules: what the base optimizer sees, from the perturbed gradient and the clean one."""
 
-from collections.abc import Callable
 from typing import Any
 
 import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._hyperparameters import count_for, scheduled
-from sam_optax._types import transformation
-
-
-def combining(combine: Callable[..., optax.Updates]) -> optax.GradientTransformationExtraArgs:
-    """A descent rule without memory from a function of the gradients and what else it names."""
-
-    def update(
-        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        return combine(updates, params=params, **extra_args), state
-
-    return transformation(lambda params: optax.EmptyState(), update, needs=combine)
+from sam_optax._rules import transformation
 
 
 def extrapolate(weight: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:

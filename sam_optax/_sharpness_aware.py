@@ -16,7 +16,8 @@ import optax
 from sam_optax import _numerics
 from sam_optax._cadence import cadence_of, choose
 from sam_optax._gradients import gradient_functions
-from sam_optax._types import GradFn, When, rule, transformation
+from sam_optax._rules import rule, transformation
+from sam_optax._types import GradFn, When
 
 
 class SharpnessAwareState(NamedTuple):

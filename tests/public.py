@@ -28,6 +28,7 @@ ARGUMENTS = {
     "running_average": {"weight": 0.5},
     "sampa": {"base": optax.sgd(0.1)},
     "sharpness_aware": {"ascent": sam_optax.dual_ascent(0.1)},
+    "stateless": {"fn": lambda updates, clean: updates},
     "when_large": {"steps": 10},
 }
 
@@ -49,7 +50,8 @@ UNMAPPED = [name for name in METHODS if name != "pmean"]
 def as_method(name, rule):
     """A rule in its place in the simplest method; methods as they are."""
     ascent, aware = sam_optax.dual_ascent(0.1), sam_optax.sharpness_aware
-    kind, needs, _ = FAMILY.get(name, ("method", (), True))
+    of_rule = "descent" if name == "stateless" else "method"  # by ARGUMENTS a descent
+    kind, needs, _ = FAMILY.get(name, (of_rule, (), True))
     if kind == "filter":
         descent = sam_optax.keep_momentum() if "keep_momentum" in needs else None
         return aware(optax.chain(rule, ascent), descent)

@@ -18,7 +18,7 @@ import sam_optax.landscape
 import sam_optax.nnx
 import sam_optax.sharpness
 
-# A leading underscore marks what examples share; tests/programs/test_experiments.py runs the experiments.
+# A leading underscore marks what examples share; programs/test_experiments.py runs experiments.
 ONE_DEVICE = [p for p in sorted(EXAMPLES.glob("[!_]*.py")) if p.stem not in SEVERAL_DEVICES]
 MODULES = (
     *(sam_optax, sam_optax.averaging, sam_optax.averaging.nnx, sam_optax.draw),

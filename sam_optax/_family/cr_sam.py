@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_optax import _checks, _descent, _numerics
+from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
+from sam_optax._rules import stateless
 from sam_optax._sharpness_aware import sharpness_aware
 from sam_optax._types import GradFn, Mask, Normalization
 
@@ -75,7 +76,7 @@ def curvature(
             opposite,
         )
 
-    return _descent.combining(combine)
+    return stateless(combine)
 
 
 def cr_sam(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from sam_optax import _axes, _checks, _numerics
 from sam_optax._family import _per_example
 from sam_optax._family.sam import sam
+from sam_optax._types import Mask, Normalization
 
 
 def esam(
@@ -20,6 +21,9 @@ def esam(
     *,
     has_aux: bool = False,
     axis_name: _axes.AxisName | None = None,
+    p: jax.typing.ArrayLike | None = None,
+    normalization: Normalization | None = None,
+    mask: Mask | None = None,
 ) -> Callable[..., Any]:
     r"""Efficient SAM: a random part of the tensors, and the examples that suffer most.
 
@@ -44,6 +48,10 @@ def esam(
       axis_name: mapped axis over which loss and gradient (not aux) are
         averaged; each device has its own e and its own choice. Fold
         `jax.lax.axis_index` into the key for a P of its own.
+      p: order of the norm of e, from 1 to infinity, see `dual_ascent`.
+      normalization: operator T that measures e, such as `elementwise()` for
+        ASAM's, see `dual_ascent`.
+      mask: leaves that are perturbed, see `dual_ascent`.
 
     Returns:
       A function (key, params, *batch, **kwargs) -> (loss, grads), or ((loss,
@@ -85,7 +93,8 @@ def esam(
     """
     _checks.in_interval("beta", beta, "(0, 1]")
     gamma = _checks.in_interval("gamma", gamma, "(0, 1]")
-    method = sam(_per_example.constant(rho) / beta)
+    radius = _per_example.constant(rho) / beta
+    method = sam(radius, p=p, normalization=normalization, mask=mask)
     evaluate = functools.partial(_per_example.losses_and_aux, loss_fn, has_aux)
 
     def value_and_grad(key: jax.Array, params: Any, *batch: Any, **kwargs: Any) -> Any:

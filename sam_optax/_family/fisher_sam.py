@@ -8,8 +8,9 @@ import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
+from sam_optax._rules import transformation
 from sam_optax._sharpness_aware import sharpness_aware
-from sam_optax._types import Mask, transformation
+from sam_optax._types import Mask
 
 
 def fisher_ascent(

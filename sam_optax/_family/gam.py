@@ -9,7 +9,7 @@ import optax
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
 from sam_optax._gradients import gradient_functions
-from sam_optax._types import GradFn
+from sam_optax._types import GradFn, Mask, Normalization
 
 
 class GAMState(NamedTuple):
@@ -30,6 +30,10 @@ def gam(
     beta0: jax.typing.ArrayLike = 0.5,
     beta1: jax.typing.ArrayLike = 0.6,
     gamma: jax.typing.ArrayLike = 0.03,
+    *,
+    p: jax.typing.ArrayLike | None = None,
+    normalization: Normalization | None = None,
+    mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gradient norm aware minimization: low curvature in the whole neighbourhood.
 
@@ -55,6 +59,10 @@ def gam(
       beta1: weight of g1 in A; the rest goes to g3. Published: 0.1 to 0.6.
       gamma: weight of the part of M orthogonal to A, at least 0. With gamma = 0
         and beta1 = 1 the result is SAM's of radius rho_inner.
+      p: order of the norm of e, from 1 to infinity, see `dual_ascent`.
+      normalization: operator T that measures e, such as `elementwise()` for
+        ASAM's, see `dual_ascent`.
+      mask: leaves that are perturbed, see `dual_ascent`.
 
     Returns:
       A transformation from gradients to GAM's, for `value_and_grad` or
@@ -89,7 +97,10 @@ def gam(
     """
     _checks.at_least("rho_inner", rho_inner, 0.0)
     _checks.at_least("gamma", gamma, 0.0)
-    outer, inner = dual_ascent(rho), dual_ascent(rho_inner)
+    outer, inner = (
+        dual_ascent(radius, p=p, normalization=normalization, mask=mask)
+        for radius in (rho, rho_inner)
+    )
 
     def init(params: optax.Params) -> GAMState:
         return GAMState(outer.init(params), inner.init(params))

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_optax import _checks, _descent, _numerics
+from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
+from sam_optax._rules import stateless
 from sam_optax._sharpness_aware import sharpness_aware
 from sam_optax._types import Mask, Normalization
 
@@ -52,7 +53,7 @@ def surrogate_gap(alpha: jax.typing.ArrayLike = 0.4) -> optax.GradientTransforma
         gap = _numerics.orthogonal_part(clean, u)
         return _numerics.map_wide(lambda g_s, part: g_s - alpha * part, perturbed, gap)
 
-    return _descent.combining(combine)
+    return stateless(combine)
 
 
 def gsam(

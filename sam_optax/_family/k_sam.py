@@ -11,6 +11,7 @@ from sam_optax import _axes, _checks, _doors
 from sam_optax._family import _per_example
 from sam_optax._family.sam import sam
 from sam_optax._groups import Groups
+from sam_optax._types import Mask, Normalization
 
 
 def k_sam(
@@ -20,6 +21,9 @@ def k_sam(
     *,
     has_aux: bool = False,
     axis_name: _axes.AxisName | None = None,
+    p: jax.typing.ArrayLike | None = None,
+    normalization: Normalization | None = None,
+    mask: Mask | None = None,
 ) -> Callable[..., Any]:
     r"""K-SAM: both gradients of SAM on the k examples of highest loss.
 
@@ -40,6 +44,10 @@ def k_sam(
       axis_name: mapped axis over which loss and gradient (not aux) are
         averaged; each device chooses its own k examples and perturbs by their
         gradient.
+      p: order of the norm of e, from 1 to infinity, see `dual_ascent`.
+      normalization: operator T that measures e, such as `elementwise()` for
+        ASAM's, see `dual_ascent`.
+      mask: leaves that are perturbed, see `dual_ascent`.
 
     Returns:
       A function (params, *batch, **kwargs) -> (loss, grads), or ((loss, aux),
@@ -71,7 +79,8 @@ def k_sam(
       method of their abstract, with one choice for both gradients.
     """
     k = _checks.integer_at_least("k", k, 1)
-    method = sam(_per_example.constant(rho))
+    radius = _per_example.constant(rho)
+    method = sam(radius, p=p, normalization=normalization, mask=mask)
     evaluate = functools.partial(_per_example.losses_and_aux, loss_fn, has_aux)
 
     @functools.wraps(loss_fn)

@@ -9,8 +9,9 @@ import optax
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
 from sam_optax._cadence import every
+from sam_optax._rules import transformation
 from sam_optax._sharpness_aware import sharpness_aware
-from sam_optax._types import Mask, Normalization, transformation
+from sam_optax._types import Mask, Normalization
 
 
 def keep_orthogonal() -> optax.GradientTransformationExtraArgs:

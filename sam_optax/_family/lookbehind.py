@@ -9,7 +9,7 @@ import optax
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
 from sam_optax._gradients import gradient_functions
-from sam_optax._types import GradFn, Normalization
+from sam_optax._types import GradFn, Mask, Normalization
 
 
 class LookbehindState(NamedTuple):
@@ -30,7 +30,9 @@ def lookbehind(
     k: int = 2,
     alpha: jax.typing.ArrayLike | None = 0.5,
     *,
+    p: jax.typing.ArrayLike | None = None,
     normalization: Normalization | None = None,
+    mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lookbehind: climbs k times on one batch, descends after each, and steps back.
 
@@ -55,6 +57,8 @@ def lookbehind(
         Published: 0.2 to 0.8. k = 1 with alpha = 1 is SAM with base.
       normalization: operator T of the ascents, as in `dual_ascent`, evaluated
         where each starts (Lookbehind-ASAM). None is SAM's.
+      p: order of the norm of e, from 1 to infinity, see `dual_ascent`.
+      mask: leaves that are perturbed, see `dual_ascent`.
 
     Returns:
       An optimizer: the updates are to be added to params. Its update needs
@@ -91,7 +95,7 @@ def lookbehind(
     if alpha is not None:
         _checks.in_interval("alpha", alpha, "[0, 1]")
     base = optax.with_extra_args_support(base)
-    ascent = dual_ascent(rho, normalization=normalization)
+    ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
 
     def init(params: optax.Params) -> LookbehindState:
         return LookbehindState(ascent.init(params), base.init(params))

@@ -7,8 +7,9 @@ import optax
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
 from sam_optax._hyperparameters import count_for, scheduled
+from sam_optax._rules import rule, transformation
 from sam_optax._sharpness_aware import sharpness_aware
-from sam_optax._types import GradFn, rule, transformation
+from sam_optax._types import GradFn
 
 
 def multi_step(

@@ -8,8 +8,8 @@ import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._hyperparameters import count_for, scheduled
+from sam_optax._rules import transformation
 from sam_optax._sharpness_aware import sharpness_aware
-from sam_optax._types import transformation
 
 
 class GaussianAscentState(NamedTuple):

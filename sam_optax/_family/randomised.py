@@ -8,7 +8,7 @@ import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._cadence import cadenced
-from sam_optax._types import transformation
+from sam_optax._rules import transformation
 
 
 class WithProbabilityState(NamedTuple):

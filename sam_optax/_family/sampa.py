@@ -9,7 +9,7 @@ import optax
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
 from sam_optax._gradients import checked, gradient_functions
-from sam_optax._types import GradFn
+from sam_optax._types import GradFn, Mask, Normalization
 
 
 class SAMPaState(NamedTuple):
@@ -31,6 +31,10 @@ def sampa(
     base: optax.GradientTransformation,
     rho: optax.ScalarOrSchedule = 0.1,
     lmbda: jax.typing.ArrayLike = 0.2,
+    *,
+    p: jax.typing.ArrayLike | None = None,
+    normalization: Normalization | None = None,
+    mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SAM parallelized: the ascent gradient is taken ahead, at an extra iterate.
 
@@ -48,6 +52,10 @@ def sampa(
       rho: radius of the ascent step, at least 0: a number, a traced scalar or a
         schedule.
       lmbda: weight of the gradient at the extra iterate, in [0, 1].
+      p: order of the norm of e, from 1 to infinity, see `dual_ascent`.
+      normalization: operator T that measures e, such as `elementwise()` for
+        ASAM's, see `dual_ascent`.
+      mask: leaves that are perturbed, see `dual_ascent`.
 
     Returns:
       An optimizer: the updates are to be added to params. Its update needs
@@ -95,7 +103,7 @@ def sampa(
     """
     _checks.in_interval("lmbda", lmbda, "[0, 1]")
     base = optax.with_extra_args_support(base)
-    ascent = dual_ascent(rho)
+    ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
 
     def init(params: optax.Params) -> SAMPaState:
         return SAMPaState(optax.tree.zeros_like(params), ascent.init(params), base.init(params))

@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import optax
 
-from sam_optax import _descent, _numerics
+from sam_optax import _numerics
 from sam_optax._ascent import dual_ascent
+from sam_optax._rules import stateless
 from sam_optax._sharpness_aware import sharpness_aware
 from sam_optax._types import Mask, Normalization
 
@@ -46,7 +47,7 @@ def renormalise() -> optax.GradientTransformationExtraArgs:
         _, direction = _numerics.norm_and_unit(perturbed)
         return _numerics.map_wide(lambda g_s, u: length * u, perturbed, direction)
 
-    return _descent.combining(combine)
+    return stateless(combine)
 
 
 def stable_sam(

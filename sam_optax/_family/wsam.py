@@ -7,6 +7,7 @@ import optax
 
 from sam_optax import _checks, _descent, _numerics
 from sam_optax._ascent import dual_ascent
+from sam_optax._rules import stateless
 from sam_optax._sharpness_aware import sharpness_aware
 from sam_optax._types import Mask, Normalization
 
@@ -81,6 +82,10 @@ def decoupled_wsam(
     learning_rate: optax.ScalarOrSchedule,
     rho: optax.ScalarOrSchedule = 0.05,
     gamma: jax.typing.ArrayLike = 0.9,
+    *,
+    p: jax.typing.ArrayLike | None = None,
+    normalization: Normalization | None = None,
+    mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weighted SAM, decoupled: sharpness descends beside the base optimizer.
 
@@ -99,6 +104,10 @@ def decoupled_wsam(
         schedule.
       gamma: weight of sharpness, in [0, 1); 0 is the base optimizer.
         Published: 0.8 to 0.95.
+      p: order of the norm of e, from 1 to infinity, see `dual_ascent`.
+      normalization: operator T that measures e, such as `elementwise()` for
+        ASAM's, see `dual_ascent`.
+      mask: leaves that are perturbed, see `dual_ascent`.
 
     Returns:
       An optimizer: the updates are to be added to params. Its update needs
@@ -136,8 +145,9 @@ def decoupled_wsam(
         return _numerics.map_wide(lambda g_s, g: g_s - g, _numerics.movable(perturbed), clean)
 
     base = optax.with_extra_args_support(base)
+    ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
     sharpness = optax.chain(
-        sharpness_aware(dual_ascent(rho), _descent.combining(difference)),
+        sharpness_aware(ascent, stateless(difference)),
         optax.scale(gamma / (1 - gamma)),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -10,8 +10,9 @@ import optax
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
 from sam_optax._hyperparameters import count_for, scheduled
+from sam_optax._rules import transformation
 from sam_optax._sharpness_aware import sharpness_aware
-from sam_optax._types import Mask, Normalization, transformation
+from sam_optax._types import Mask, Normalization
 
 
 def arc(alpha: optax.ScalarOrSchedule = 1.0) -> optax.GradientTransformationExtraArgs:

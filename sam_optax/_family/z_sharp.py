@@ -1,13 +1,12 @@
 """ZSharp (Yun, 2025): the entries of each layer with the largest z-scores."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from sam_optax import _checks, _numerics, _selection
 from sam_optax._ascent import proportional_ascent
+from sam_optax._rules import stateless
 from sam_optax._sharpness_aware import sharpness_aware
 from sam_optax._types import Mask
 
@@ -50,8 +49,7 @@ def largest_scores(
     """
     quantile = _checks.in_interval("quantile", quantile, "[0, 1)")
 
-    def update(updates: optax.Updates, params: Any = None) -> optax.Updates:
-        del params
+    def filtered(updates: optax.Updates) -> optax.Updates:
         _, u = _numerics.norm_and_unit(updates)
 
         def leaf(g: jax.Array, u: jax.Array) -> jax.Array:
@@ -70,7 +68,7 @@ def largest_scores(
 
         return _numerics.map_wide(leaf, updates, u)
 
-    return optax.with_extra_args_support(optax.stateless(update))
+    return stateless(filtered)
 
 
 def z_sharp(

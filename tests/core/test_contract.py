@@ -18,7 +18,8 @@ from sam_optax import FAMILY
 
 def test_the_table_of_the_family_knows_every_name():
     """And nothing else: whoever adds a method says what it is and needs."""
-    assert set(FAMILY) == set(METHODS) - {"pmean", "sharpness_aware"} | {"esam", "k_sam"}
+    parts = {"pmean", "sharpness_aware", "stateless"}
+    assert set(FAMILY) == set(METHODS) - parts | {"esam", "k_sam"}
     assert list(FAMILY) == sorted(FAMILY)
 
 
@@ -479,3 +480,55 @@ def test_rho_by_inject_hyperparams_changes_without_recompiling(name):
         state.hyperparams["rho"] = jnp.asarray(rho, jnp.float32)
         jax.tree.map(close, step(params, state)[0], expected(rho))
     assert step._cache_size() == 1
+
+
+# Names whose ascent is another than dual_ascent.
+OTHER_ASCENTS = {"bsam", "eigen_sam", "multi_step_sam", "random_perturbation", "unnormalised_sam"}
+OTHER_ASCENTS |= {"fisher_sam", "z_sharp"}
+DUAL = [
+    name
+    for name, member in FAMILY.items()
+    if member.kind in ("method", "optimizer", "examples") and name not in OTHER_ASCENTS
+]
+
+
+@pytest.mark.parametrize("name", DUAL)
+def test_what_dual_ascent_takes_every_method_over_it_takes(name, x64):
+    """A masked leaf stays, and ||T^-1 e||_p of the first perturbed point is rho."""
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(3, 4))), "b": jnp.asarray(rng.normal(size=4))}
+    x = jnp.asarray(rng.normal(size=(8, 3)))
+    points = []
+
+    def losses(params, x):
+        jax.debug.callback(points.append, params)
+        return jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2, axis=1)
+
+    rho, p = 0.3, 4.0
+    own = {
+        "asam": {"eta": 0.1},
+        "esam": {"beta": 1.0, "gamma": 1.0},
+        "gam": {"rho_inner": rho},
+        "k_sam": {"k": 8},
+        "sparse_sam": {"sparsity": 0.0},
+    }
+    options = {"rho": rho, "p": p, "mask": {"w": True, "b": False}, **own.get(name, {})}
+    if name != "asam":
+        options["normalization"] = sam_optax.elementwise(0.1)
+    build_method = functools.partial(getattr(sam_optax, name), **ARGUMENTS.get(name, {}), **options)
+    if FAMILY[name].kind == "examples":
+        key = (jax.random.key(0),) if "key" in FAMILY[name].needs else ()
+        build_method(losses)(*key, params, x)
+    else:
+        method, grad_fn = build_method(), jax.grad(lambda w: jnp.mean(losses(w, x)))
+        g, state = grad_fn(params), method.init(params)
+        extra = {"grad_fn": grad_fn, **dict.fromkeys(FAMILY[name].needs, grad_fn)}
+        for _ in range(2):  # those that ascend along what they remember move in the second step
+            _, state = method.update(g, state, params, **extra)
+    jax.effects_barrier()
+    moved = [e for e in (jax.tree.map(np.subtract, w, params) for w in points) if e["w"].any()]
+    assert moved
+    assert not any(e["b"].any() for e in moved if name not in ("lookbehind", "sampa"))
+    T = np.abs(params["w"]) + 0.1
+    lengths = [(np.abs(e["w"] / T) ** p).sum() ** (1 / p) for e in moved]
+    assert any(abs(length - rho) < 1e-9 for length in lengths), lengths

@@ -18,7 +18,7 @@ import pytest
 
 import sam_optax
 from sam_optax import sharpness
-from sam_optax._types import transformation
+from sam_optax._rules import transformation
 
 STEPS, RATE = 3, 0.1
 PARAMS = ref.network()[0]

@@ -96,7 +96,7 @@ def dual_ascent(
         perturbations = _dual(
             [grads[i] for i in perturbable], [scales[i] for i in perturbable], radius, p
         )
-        result = [_zero(g) for g in grads]
+        result = [jnp.zeros_like(_numerics.movable(g)) for g in grads]
         for i, e in zip(perturbable, perturbations, strict=True):
             result[i] = e.astype(jnp.result_type(grads[i]))
         return jax.tree.unflatten(treedef, result), state
@@ -148,7 +148,9 @@ def proportional_ascent(
         leaves, treedef = jax.tree.flatten(updates)
         chosen = _masks.chosen(mask, treedef, leaves, params)
         moves = [
-            (factor * _numerics.widened(d)).astype(jnp.result_type(d)) if use else _zero(d)
+            (factor * _numerics.widened(d)).astype(jnp.result_type(d))
+            if use
+            else jnp.zeros_like(_numerics.movable(d))
             for use, d in zip(chosen, leaves, strict=True)
         ]
         return jax.tree.unflatten(treedef, moves), state
@@ -223,9 +225,3 @@ _signed_power.defjvps(_slope, _slope_of_exponent)
 
 def _is_two(p: Any) -> bool:
     return not _checks.is_traced(p) and float(p) == 2.0
-
-
-def _zero(grad: Any) -> jax.Array:
-    dtype = jnp.result_type(grad)
-    # The gradient of an integer leaf is float0, which nothing can be added to.
-    return jnp.zeros(jnp.shape(grad), jnp.int32 if dtype == jax.dtypes.float0 else dtype)

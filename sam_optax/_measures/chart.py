@@ -179,9 +179,7 @@ def scalar_loss(loss_fn: Callable[..., Any], *args: Any) -> Any:
     return value
 
 
-def dot(a: Vector, b: Vector) -> jax.Array:
-    """Real inner product."""
-    return sum((jnp.real(jnp.vdot(x, y)) for x, y in zip(a, b, strict=True)), start=jnp.float32(0))
+dot = _numerics.inner  # of vectors
 
 
 @functools.partial(jax.jit, static_argnames="draw")

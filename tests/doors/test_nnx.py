@@ -474,7 +474,13 @@ class Sowing(Masked):
         return super().__call__(x, rngs)
 
 
-@pytest.mark.parametrize("graph_mode", [True, False])
+# Before 0.12.8 Flax's own steps fail in its tree mode.
+GRAPH_MODES = (
+    [True, False] if tuple(map(int, flax.__version__.split(".")[:3])) >= (0, 12, 8) else [True]
+)
+
+
+@pytest.mark.parametrize("graph_mode", GRAPH_MODES)
 @pytest.mark.parametrize("pure_params", [True, False])
 @pytest.mark.parametrize("door", [1, 2])
 def test_forked_streams_captured_intermediates_and_pure_params(door, pure_params, graph_mode):

@@ -23,6 +23,13 @@ def gradient_functions(
     Their results are checked against the gradients given to update.
     """
     _checks.given("params", params, "gradients are taken at perturbed copies of them")
+    if jax.tree.structure(params) != jax.tree.structure(updates):
+        try:
+            _checks.same_structure("params", params, updates)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (of an Equinox model give eqx.filter(model, eqx.is_inexact_array))"
+            ) from None
     if grad_fn is not None:
         ascent = checked("grad_fn", grad_fn, updates)
     elif value_fn is not None:

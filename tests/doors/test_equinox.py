@@ -691,3 +691,14 @@ def test_params_of_an_update(one_problem):
     updates, _ = tx.update(grads, tx.init(linear), linear, grad_fn=grad_fn)
     assert_same(updates, sam_optax.equinox.grad(loss, tx)(linear, x))
     assert differ(updates, grads)
+
+
+def test_a_whole_model_with_functions_as_params_says_what_to_give():
+    model = eqx.nn.MLP(6, "scalar", 8, 2, key=jax.random.key(0))
+    loss_fn = lambda model, x: jnp.mean(jax.vmap(model)(x) ** 2)
+    params = eqx.filter(model, eqx.is_inexact_array)
+    tx = optax.chain(sam_optax.look_sam(0.1), optax.sgd(0.1))
+    _, grads, grad_fn = sam_optax.equinox.value_and_grad_fn(loss_fn)(model, jnp.ones((4, 6)))
+    with pytest.raises(ValueError, match=r"params must have the structure.*eqx\.filter\(model"):
+        tx.update(grads, tx.init(params), model, grad_fn=grad_fn)
+    tx.update(grads, tx.init(params), params, grad_fn=grad_fn)

@@ -110,8 +110,9 @@ def test_equals_the_loop_over_groups(problem, layout, kind, size):
     # Joined along their first axis: of examples, or of micro-batches.
     outs = np.concatenate(outs) if size is None else np.stack(outs)
     assert_same(jax.device_get(logits), outs)
-    for name, w in own[0].items():
-        assert grads[name].sharding.is_equivalent_to(w.sharding, w.ndim)
+    if kind == AxisType.Explicit:  # on automatic axes the partitioner decides, as for jax.grad
+        for name, w in own[0].items():
+            assert grads[name].sharding.is_equivalent_to(w.sharding, w.ndim)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -169,12 +170,14 @@ def test_a_training_step_compiles_once(problem, kind):
         traces.append(1)
         return loss_fn(*args)
 
-    @jax.jit
     def step(params, x, key):
         f = sam_optax.grad(counted, METHOD, axis_name=names, mesh=mesh, has_aux=True)
         return jax.tree.map(lambda w, g: w - 0.1 * g, params, f(params, x, key)[0])
 
-    for _ in range(3):
+    layout = jax.tree.map(lambda w: w.sharding, params)
+    step = jax.jit(step, out_shardings=layout, donate_argnums=0)
+    params = step(params, x, key)
+    for _ in range(2):
         params = step(params, x, key)
     assert len(traces) == step._cache_size() == 1
 
@@ -268,6 +271,8 @@ class Module(nnx.Module):
     def __init__(self, rngs):
         self.first = nnx.Linear(8, 16, rngs=rngs, param_dtype=float)
         self.norm = nnx.BatchNorm(16, momentum=0.9, rngs=rngs, param_dtype=float)
+        for statistic in (self.norm.mean, self.norm.var):
+            statistic.set_value(statistic[...].astype(float))
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
         self.last = nnx.Linear(16, 1, rngs=rngs, param_dtype=float)
 
@@ -286,13 +291,6 @@ def test_nnx_with_batch_norm_and_dropout(problem, kind):
     mesh = make_mesh({"data": groups}, kind)
     options = {"axis_name": "data", "mesh": mesh, "has_aux": True, "average_aux": False}
 
-    def fresh():
-        model = Module(nnx.Rngs(0))
-        for _, variable in nnx.iter_graph(model):
-            if isinstance(variable, nnx.BatchStat):
-                variable[...] = variable[...].astype(float)
-        return model
-
     def own_keys(model, i):
         for _, variable in nnx.iter_graph(model):
             if isinstance(variable, nnx.RngKey):
@@ -302,13 +300,13 @@ def test_nnx_with_batch_norm_and_dropout(problem, kind):
     plain = sam_optax.nnx.value_and_grad(nnx_loss, METHOD, has_aux=True)
     outs, stats = [], []
     for i, xs in enumerate(np.split(x, groups)):
-        model = own_keys(fresh(), i)
+        model = own_keys(Module(nnx.Rngs(0)), i)
         outs.append(plain(model, xs))
-        stats.append(nnx.pure(nnx.state(model, nnx.BatchStat)))
+        stats.append(jax.tree.leaves(nnx.state(model, nnx.BatchStat)))
     mean = lambda *leaves: sum(leaves) / groups
-    loss, grads = jax.tree.map(mean, *[(loss, nnx.pure(g)) for (loss, _), g in outs])
+    loss, grads = jax.tree.map(mean, *[(loss, jax.tree.leaves(g)) for (loss, _), g in outs])
 
-    model = fresh()
+    model = Module(nnx.Rngs(0))
     before = nnx.clone(model)
     replicated = jax.device_put(nnx.state(model), NamedSharding(mesh, P()))
     nnx.update(model, replicated)
@@ -316,7 +314,9 @@ def test_nnx_with_batch_norm_and_dropout(problem, kind):
     step = nnx.jit(lambda model, x: f(model, x))
     own_x = jax.device_put(x, NamedSharding(mesh, P("data")))
     (own_loss, logits), own_grads = step(model, own_x)
-    own = jax.device_get((own_loss, nnx.pure(own_grads), nnx.pure(nnx.state(model, nnx.BatchStat))))
+    own = jax.device_get(
+        (own_loss, jax.tree.leaves(own_grads), jax.tree.leaves(nnx.state(model, nnx.BatchStat)))
+    )
     assert_same(own, (loss, grads, jax.tree.map(mean, *stats)))
     assert_same(jax.device_get(logits), np.concatenate([out for (_, out), _ in outs]))
     # The stream has moved once and its key is the one it had; every device says so.
@@ -334,7 +334,7 @@ def test_nnx_second_door_and_metrics(problem):
     f = sam_optax.nnx.value_and_grad(nnx_loss, optax.identity(), **options)
     g = sam_optax.nnx.value_and_grad_fn(nnx_loss, **options)
     out = nnx.jit(lambda m, x: g(m, x)[:2])(model, x)
-    assert_same(*(nnx.pure(o) for o in (out, nnx.jit(lambda m, x: f(m, x))(other, x))))
+    assert_same(*(jax.tree.leaves(o) for o in (out, nnx.jit(lambda m, x: f(m, x))(other, x))))
     with pytest.raises(ValueError, match="metrics must be updated after the call"):
         f(model, x, nnx.metrics.Average())
 

@@ -196,7 +196,7 @@ class Groups:
 
 
 def _wide_zeros(x: Any) -> jax.Array:
-    zeros = _numerics.widened(jnp.zeros(x.shape, x.dtype))
+    zeros = _numerics.widened(jnp.zeros_like(x))
     # Gradients of parameters sharded over explicit axes are so by type.
     sharded = isinstance(x.sharding, NamedSharding) and any(x.sharding.spec)
     return jax.sharding.reshard(zeros, x.sharding) if sharded else zeros

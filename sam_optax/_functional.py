@@ -70,7 +70,8 @@ def value_and_grad(
         and program grow with the groups written out.
       vectorize: groups evaluated together by `jax.vmap`; has to divide their
         number, True for all of them. Memory grows with it. Worth it where one
-        group cannot fill the device.
+        group cannot fill the device. Of a batch that jit shards over devices
+        groups may be moved between them; with mesh all stay where they are.
       average_aux: which parts of aux are averaged over groups: a boolean, or
         a tree of booleans that is a prefix of aux, such as (True, False) for
         (statistics, logits). What is averaged has to be floating or complex.
@@ -87,6 +88,10 @@ def value_and_grad(
         have over the others. loss_fn may name the axis in collectives, such as
         `BatchNorm(axis_name=...)`, but must not gather parameters over it:
         the gradient would be that of other groups as well, which is not seen.
+        Where parameters are sharded over other axes (FSDP within groups, tensor
+        parallel), make those axes automatic before jax 0.12: JAX 0.9 and 0.10
+        gather what is sharded over explicit ones where the map begins. The
+        numbers are right.
       allow_int: as in `jax.value_and_grad`.
       extra_args: further keyword arguments for a transform with inputs of its
         own: a mapping, or a function of the arguments of loss_fn, those of the

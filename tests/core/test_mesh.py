@@ -202,6 +202,59 @@ def test_one_parameter_volume_is_all_reduced(problem, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("options", [{}, {"vectorize": 2}, {"vectorize": True}], ids=str)
+@pytest.mark.usefixtures("optimised")
+def test_micro_batches_of_a_device_stay_there(problem, kind, options):
+    """Evaluated together too: nothing of the batch moves, on explicit axes either."""
+    mesh, names, _, own = placed("data parallel", kind, problem)
+    size = sum(w.size for w in jax.tree.leaves(own[0]))
+    f = sharp(mesh, names, microbatch_size=1, **options)
+    compiled = jax.jit(f).lower(*own).compile()
+    assert moved(compiled, "all-reduce") == size + 1 + 8
+    assert moved(compiled, "all-gather") == moved(compiled, "all-to-all") == 0
+    (loss, (statistic, _)), grads = jax.jit(f)(*own)
+    expected, _ = loop_over_groups(problem, folded(problem[-1], 8, 4))
+    assert_same(jax.device_get(((loss, statistic), grads)), expected)
+
+
+def hsdp_loss(params, x):
+    return jnp.mean((jnp.tanh(x @ params["in"]) @ params["out"]) ** 2)
+
+
+@pytest.mark.usefixtures("optimised")
+def test_hsdp_moves_over_the_outer_axis_what_sgd_moves():
+    """Parameters cut over the inner axis, a perturbation for each group of the outer one.
+
+    XLA writes the scatter of gradients on a CPU as an all-reduce of a whole volume within a
+    group; between groups moves the part of a volume that a device holds.
+    """
+    mesh = make_mesh({"replica": 2, "fsdp": 4}, AxisType.Auto)
+    cut = NamedSharding(mesh, P("fsdp"))
+    params = jax.device_put({"in": jnp.ones((64, 256)), "out": jnp.ones((256, 64))}, cut)
+    x = jax.device_put(jnp.ones((512, 64)), NamedSharding(mesh, P(("replica", "fsdp"))))
+    volume = 2 * 64 * 256
+    group = {"axis_name": "replica", "mesh": mesh}
+    counts, memory = {}, {}
+    for name, f in {
+        "SGD": jax.grad(hsdp_loss),
+        "SGD by groups": sam_optax.grad(hsdp_loss, optax.identity(), **group),
+        "shared": sam_optax.grad(hsdp_loss, METHOD),
+        "group": sam_optax.grad(hsdp_loss, METHOD, **group),
+    }.items():
+        compiled = jax.jit(f, out_shardings=jax.tree.map(lambda _: cut, params))
+        compiled = compiled.lower(params, x).compile()
+        kinds = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+        counts[name] = np.array([moved(compiled, kind) for kind in kinds]) / volume
+        memory[name] = compiled.memory_analysis().temp_size_in_bytes
+    scalars = 10 / volume  # norms
+    np.testing.assert_allclose(counts["SGD"], [1 + 1 / 4, 1, 0, 0], atol=scalars)
+    np.testing.assert_allclose(counts["SGD by groups"], counts["SGD"], atol=scalars)
+    np.testing.assert_allclose(counts["shared"], [2 + 2 / 4, 2, 0, 0], atol=scalars)
+    np.testing.assert_allclose(counts["group"], [2 + 1 / 4, 2, 0, 0], atol=scalars)
+    assert memory["group"] <= 1.05 * memory["SGD"]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_the_second_door_shares_one_perturbation(problem, kind):
     """Means over groups, as with microbatch_size; keys and statistics are each group's own."""
     mesh, names, groups, own = placed("HSDP", kind, problem)

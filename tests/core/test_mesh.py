@@ -259,7 +259,13 @@ def test_the_second_door_shares_one_perturbation(problem, kind):
     """Means over groups, as with microbatch_size; keys and statistics are each group's own."""
     mesh, names, groups, own = placed("HSDP", kind, problem)
     options = {"axis_name": names, "mesh": mesh, "has_aux": True, "average_aux": (True, False)}
-    evaluate = sam_optax.value_and_grad_fn(loss_fn, **options)
+    traces = []
+
+    def counted(*args):
+        traces.append(1)
+        return loss_fn(*args)
+
+    evaluate = sam_optax.value_and_grad_fn(counted, **options)
 
     @functools.partial(jax.jit, static_argnames="tx")
     def step(params, x, key, tx):
@@ -275,6 +281,7 @@ def test_the_second_door_shares_one_perturbation(problem, kind):
     g = mean(problem[0])
     e = jax.tree.map(lambda g, norm=optax.tree.norm(g): RHO * g / norm, g)
     value, out = step(*own, tx=METHOD)
+    assert len(traces) == 1
     assert_same(jax.device_get(out), mean(optax.apply_updates(problem[0], e)))
     clean, _ = loop_over_groups(problem, keys, optax.identity())
     assert_same(jax.device_get(value), clean[0])

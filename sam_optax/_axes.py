@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sam_optax import _numerics
+
 AxisName: TypeAlias = str | Sequence[str]
 
 
@@ -74,7 +76,12 @@ def mean(tree: Any, axis_name: AxisName) -> Any:
     _require_mapped(names)
 
     def leaf_mean(x: Any) -> Any:
-        return jax.lax.pmean(x, names) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        # XLA ends the process over half precision in a map over some axes of a mesh on a CPU,
+        # where it sums in float32 anyway.
+        wide = _numerics.widened(x) if jax.default_backend() == "cpu" else x
+        return jax.lax.pmean(wide, names).astype(x.dtype)
 
     return jax.tree.map(leaf_mean, tree)
 

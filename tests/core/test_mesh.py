@@ -161,6 +161,18 @@ def test_a_traced_radius_and_a_loss_that_scans(problem):
     assert_same(step(RHO, params, x), jax.tree.map(lambda *g: sum(g) / groups, *outs))
 
 
+def test_half_precision_beside_other_axes():
+    """XLA ends the process if it is left to sum bfloat16 there on a CPU."""
+    mesh = make_mesh({"data": 4, "model": 2}, AxisType.Auto)
+    w, x = jnp.eye(4, dtype=jnp.bfloat16), jnp.arange(64, dtype=jnp.bfloat16).reshape(16, 4) / 64
+    loss = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)
+    out = jax.jit(sam_optax.grad(loss, METHOD, axis_name="data", mesh=mesh))(w, x)
+    plain = jax.jit(sam_optax.grad(loss, METHOD))
+    expected = np.mean([np.float32(plain(w, xs)) for xs in jnp.split(x, 4)], axis=0)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(out), expected, atol=2e-3)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_training_step_compiles_once(problem, kind):
     mesh, names, _, (params, x, key) = placed("HSDP", kind, problem)

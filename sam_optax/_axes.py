@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sam_optax import _numerics
+
 AxisName: TypeAlias = str | Sequence[str]
 
 
@@ -60,7 +62,7 @@ def pmean(axis_name: AxisName) -> optax.GradientTransformationExtraArgs:
 
     def update(updates: optax.Updates, params: optax.Params | None = None) -> optax.Updates:
         del params
-        names = _names(axis_name)
+        names = names_of(axis_name)
         _require_mapped(names)
         _require_varying(updates, names)
         return mean(updates, names)
@@ -70,20 +72,34 @@ def pmean(axis_name: AxisName) -> optax.GradientTransformationExtraArgs:
 
 def mean(tree: Any, axis_name: AxisName) -> Any:
     """Mean over a mapped axis of the floating and complex leaves; others pass."""
-    names = _names(axis_name)
+    names = names_of(axis_name)
     _require_mapped(names)
 
     def leaf_mean(x: Any) -> Any:
-        return jax.lax.pmean(x, names) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        # XLA ends the process over half precision in a map over some axes of a mesh on a CPU,
+        # where it sums in float32 anyway.
+        wide = _numerics.widened(x) if jax.default_backend() == "cpu" else x
+        return jax.lax.pmean(wide, names).astype(x.dtype)
 
     return jax.tree.map(leaf_mean, tree)
 
 
 def index(axis_name: AxisName) -> jax.Array:
     """Index of this device, or group, along the axes together."""
-    names = _names(axis_name)
+    names = names_of(axis_name)
     _require_mapped(names)
     return jax.lax.axis_index(names)
+
+
+def first(x: Any, axis_name: AxisName) -> jax.Array:
+    """The value on the first device along the axes, on all of them."""
+    if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+        data = first(jax.random.key_data(x), axis_name)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    picked = jnp.where(index(axis_name) == 0, x, jnp.zeros_like(x))
+    return jax.lax.psum(picked, names_of(axis_name)).astype(jnp.result_type(x))
 
 
 def vary(tree: Any, axis_name: AxisName) -> Any:
@@ -93,7 +109,7 @@ def vary(tree: Any, axis_name: AxisName) -> Any:
     replicated value is summed over the devices by JAX itself. Each device's
     own gradient needs the value marked as varying first.
     """
-    names = _names(axis_name)
+    names = names_of(axis_name)
     _require_mapped(names)
     manual = _manual_axes()
 
@@ -105,7 +121,8 @@ def vary(tree: Any, axis_name: AxisName) -> Any:
     return jax.tree.map(leaf_vary, tree)
 
 
-def _names(axis_name: Any) -> tuple[Any, ...]:
+def names_of(axis_name: Any) -> tuple[Any, ...]:
+    """The axes as a tuple."""
     return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
 
 
@@ -115,8 +132,8 @@ def _require_mapped(names: tuple[Any, ...]) -> None:
             jax.lax.axis_size(name)
         except NameError as error:
             raise NameError(
-                "axis_name must be an axis of the pmap, shard_map or vmap that this runs in, "
-                f"got {name!r}"
+                "axis_name must be an axis of the pmap, shard_map or vmap that this runs in "
+                f"(with value_and_grad_fn(mesh=...) a chain needs no pmean), got {name!r}"
             ) from error
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 import jax
 import optax
 
-from sam_optax import _axes, _checks, _numerics
+from sam_optax import _axes, _checks, _mesh, _numerics
 from sam_optax._groups import Groups, Result
 
 Loss: TypeAlias = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
@@ -30,6 +30,7 @@ class GroupOptions(TypedDict, total=False):
     unroll: int | bool | None
     vectorize: int | bool
     average_aux: Any
+    mesh: _mesh.AnyMesh | None
     allow_int: bool
 
 
@@ -112,7 +113,7 @@ def value_and_grad(
         loss, carried, grads = groups.over_devices((loss, carried, grads))
         return (loss, groups.aux_over_devices(aux), carried), grads
 
-    return sharp
+    return groups.over_mesh(sharp)
 
 
 class _Perturbed:
@@ -136,17 +137,16 @@ def value_and_grad_fn(
     """((loss, aux, carried), gradient, grad_fn): the clean pass, and the gradient elsewhere."""
 
     def start(params: Any, carried: Any, args: Any, kwargs: Any) -> Any:
+        traced = _checks.has_traced(params, carried, args, kwargs)
+        if groups.mesh is not None:
+            shared = lambda params: over_mesh(params, carried, args, kwargs)
+            shared = jax.jit(shared) if traced else shared  # one trace for all passes
+            out, grads = shared(params)
+            return out, grads, lambda params: shared(params)[1]
+
         carried = groups.of_device(carried)
-
-        def evaluate(params: Any) -> Result:
-            return groups.over_microbatches(
-                lambda *parts: _pass(loss, *parts, allow_int=allow_int)(params),
-                carried,
-                args,
-                kwargs,
-            )
-
-        if _checks.has_traced(params, carried, args, kwargs):
+        evaluate = lambda params: over_microbatches(params, carried, args, kwargs)
+        if traced:
             evaluate = jax.jit(evaluate)
 
         def everywhere(params: Any) -> Result:
@@ -154,11 +154,23 @@ def value_and_grad_fn(
                 params = _axes.vary(params, groups.axis_name)
             return evaluate(params)
 
-        (value, aux, new_carried), grads = everywhere(params)
-        value, new_carried = groups.over_devices((value, new_carried))
-        aux = groups.aux_over_devices(aux)
-        return (value, aux, new_carried), grads, lambda params: everywhere(params)[1]
+        out, grads = everywhere(params)
+        return means(out), grads, lambda params: everywhere(params)[1]
 
+    def over_microbatches(params: Any, *parts: Any) -> Result:
+        at = lambda *parts: _pass(loss, *parts, allow_int=allow_int)(params)
+        return groups.over_microbatches(at, *parts)
+
+    def means(out: Any) -> Any:
+        value, aux, carried = out
+        value, carried = groups.over_devices((value, carried))
+        return value, groups.aux_over_devices(aux), carried
+
+    def of_device(params: Any, carried: Any, args: Any, kwargs: Any) -> Result:
+        out, grads = over_microbatches(params, groups.of_device(carried), args, kwargs)
+        return means(out), groups.over_devices(grads)
+
+    over_mesh = groups.over_mesh(of_device)
     return start
 
 

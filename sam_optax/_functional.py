@@ -6,7 +6,7 @@ from typing import Any, Literal, Unpack
 
 import optax
 
-from sam_optax import _axes, _doors
+from sam_optax import _axes, _doors, _mesh
 from sam_optax._family.sam import sam
 from sam_optax._groups import Groups
 
@@ -23,6 +23,7 @@ def value_and_grad(
     unroll: int | bool | None = None,
     vectorize: int | bool = 1,
     average_aux: Any = True,
+    mesh: _mesh.AnyMesh | None = None,
     allow_int: bool = False,
     extra_args: _doors.ExtraArgs | None = None,
 ) -> Callable[..., Any]:
@@ -51,7 +52,7 @@ def value_and_grad(
       axis_name: mapped axis (pmap, shard_map, vmap), or a tuple or list of
         them, over which loss, gradient and aux are averaged. Each device
         perturbs with its own gradient. Fold `jax.lax.axis_index` into keys
-        yourself.
+        yourself. With mesh, an axis of it, or several, inside no map.
       microbatch_size: examples per group, at least 1; has to divide the batch.
         Groups are contiguous, run one after another in the memory of one, and
         each gets its own key, `jax.random.fold_in(key, index)`, of every typed
@@ -69,12 +70,28 @@ def value_and_grad(
         and program grow with the groups written out.
       vectorize: groups evaluated together by `jax.vmap`; has to divide their
         number, True for all of them. Memory grows with it. Worth it where one
-        group cannot fill the device.
+        group cannot fill the device. Of a batch that jit shards over devices
+        groups may be moved between them; with mesh all stay where they are.
       average_aux: which parts of aux are averaged over groups: a boolean, or
         a tree of booleans that is a prefix of aux, such as (True, False) for
         (statistics, logits). What is averaged has to be floating or complex.
         Of the rest devices keep their own (logits leave shard_map with
-        out_specs=P("batch")) and micro-batches are stacked on a new first axis.
+        out_specs=P("batch")) and micro-batches are stacked on a new first axis;
+        with mesh the parts of all devices are joined along their first axis.
+      mesh: for an ordinary jitted step, without a map of yours: the mesh that
+        axis_name is an axis of. The arguments that batch_argnums names, by
+        default all positional ones, are split over that axis along their first
+        axis, in order; each device along it, with its whole row of the other
+        axes, is a group, with BatchNorm statistics of its own and keys folded
+        with its index (typed keys among the arguments; here not by you).
+        Parameters are whole over that axis, and keep whatever sharding they
+        have over the others. loss_fn may name the axis in collectives, such as
+        `BatchNorm(axis_name=...)`, but must not gather parameters over it:
+        the gradient would be that of other groups as well, which is not seen.
+        Where parameters are sharded over other axes (FSDP within groups, tensor
+        parallel), make those axes automatic before jax 0.12: JAX 0.9 and 0.10
+        gather what is sharded over explicit ones where the map begins. The
+        numbers are right.
       allow_int: as in `jax.value_and_grad`.
       extra_args: further keyword arguments for a transform with inputs of its
         own: a mapping, or a function of the arguments of loss_fn, those of the
@@ -88,9 +105,12 @@ def value_and_grad(
       ValueError: for unknown aux_from, or microbatch_size or vectorize below 1;
         at the call, for a transform with state or one that descends as an
         optimizer does, a batch that microbatch_size does not divide, groups
-        that vectorize does not divide, keys of the old kind (uint32) where
-        groups would share them, or aux_from="perturbed" for a method that does
-        not take the perturbed gradient at every step.
+        that vectorize does not divide, a mesh without the axis (or no
+        axis_name), a batch that the axis of mesh does not divide, params
+        sharded over it (seen on explicit meshes, and of arrays outside of jit;
+        else they are gathered), keys of the old kind (uint32) where groups
+        would share them, or aux_from="perturbed" for a method that does not
+        take the perturbed gradient at every step.
       TypeError: for a transform that is none, such as `sam` itself; at the
         call, for integer aux where an average is asked for, or a loss that
         returns aux without has_aux.
@@ -112,7 +132,7 @@ def value_and_grad(
       Costs what the transform costs, two gradients for `sam`. Inside jit the
       loss is traced once, however often it is evaluated.
     """
-    groups = Groups(axis_name, microbatch_size, batch_argnums, unroll, vectorize, average_aux)
+    groups = Groups(axis_name, microbatch_size, batch_argnums, unroll, vectorize, average_aux, mesh)
 
     def own_args(params: Any, carried: Any, args: Any, kwargs: Any) -> Any:
         del carried
@@ -189,6 +209,7 @@ def value_and_grad_fn(
     unroll: int | bool | None = None,
     vectorize: int | bool = 1,
     average_aux: Any = True,
+    mesh: _mesh.AnyMesh | None = None,
     allow_int: bool = False,
 ) -> Callable[..., Any]:
     r"""The clean value and gradient, and the function that gives the gradient elsewhere.
@@ -215,6 +236,11 @@ def value_and_grad_fn(
       unroll: see `value_and_grad`.
       vectorize: see `value_and_grad`.
       average_aux: see `value_and_grad`.
+      mesh: as in `value_and_grad`, with axis_name an axis of it; but grads and
+        grad_fn are means over the groups, as with microbatch_size: one
+        perturbation for all. So the chain holds no `pmean`, which would find
+        no axis to average over. For a perturbation of each group take
+        `value_and_grad`, or `pmean` inside of your own `jax.shard_map`.
       allow_int: as in `jax.value_and_grad`.
 
     Returns:
@@ -248,7 +274,7 @@ def value_and_grad_fn(
       One gradient, and one more for each call of grad_fn. Inside jit the loss
       is traced once, and gradients that nothing uses cost nothing.
     """
-    groups = Groups(axis_name, microbatch_size, batch_argnums, unroll, vectorize, average_aux)
+    groups = Groups(axis_name, microbatch_size, batch_argnums, unroll, vectorize, average_aux, mesh)
     start = _doors.value_and_grad_fn(_pure(loss_fn, has_aux), groups, allow_int=allow_int)
 
     @functools.wraps(loss_fn)

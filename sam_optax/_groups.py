@@ -1,4 +1,4 @@
-"""Disjoint groups of examples on one device: split the batch, average the results.
+"""Disjoint groups of examples: split the batch over devices or time, average the results.
 
 `optax.microbatching` does the same for any function but deals examples out to
 groups in strides, which is not how devices share a batch; groups here are
@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sam_optax import _axes, _checks, _numerics
+from sam_optax import _axes, _checks, _mesh, _numerics
 
 # ((loss, aux, carried), grads): carried is the state of objects among the arguments, which is
 # never split, whose floats are averaged over groups and whose keys are folded with their index.
 Result: TypeAlias = tuple[tuple[Any, Any, Any], Any]
 Evaluate: TypeAlias = Callable[[Any, Any, Any], Result]  # of (carried, args, kwargs)
+EvaluateAt: TypeAlias = Callable[[Any, Any, Any, Any], Result]  # of params as well
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Groups:
     unroll: int | bool | None = None
     vectorize: int | bool = 1
     average_aux: Any = True
+    mesh: _mesh.AnyMesh | None = None
     first: int = 1  # position in loss_fn of the first of args
 
     def __post_init__(self) -> None:
@@ -40,6 +42,47 @@ class Groups:
             _checks.integer_at_least("microbatch_size", self.microbatch_size, 1)
         if not isinstance(self.vectorize, bool):
             _checks.integer_at_least("vectorize", self.vectorize, 1)
+        if self.mesh is not None:
+            _mesh.require_axes(self.mesh, self.axis_name)
+
+    def over_mesh(self, evaluate: EvaluateAt) -> EvaluateAt:
+        """As a function of whole arrays what `evaluate` does with a device's part of them."""
+        mesh, names = self.mesh, self.axis_name
+        if mesh is None or names is None:
+            return evaluate
+
+        def whole(params: Any, carried: Any, args: Any, kwargs: Any) -> Result:
+            _mesh.require_whole("params", params, names)
+            leaves, treedef = jax.tree.flatten((carried, args, kwargs))
+            is_batch = self._is_batch(carried, args, kwargs, leaves)
+            marked = list(zip(is_batch, leaves, strict=True))
+            batch = [x if b else None for b, x in marked]
+            _mesh.require_divides(mesh, names, _length([x for b, x in marked if b]))
+            # What is no array (flags, names) is known now and stays so.
+            static = [None if _is_array(x) else x for x in leaves]
+            others = [x if _is_array(x) and not b else None for b, x in marked]
+
+            def of_part(params: Any, batch: Any, others: Any) -> Any:
+                index = _axes.index(names)
+                # None is no leaf, so it stands for what is elsewhere.
+                parts = [
+                    next((x for x in found if x is not None), known)
+                    for *found, known in zip(batch, others, static, strict=True)
+                ]
+                carried, args, kwargs = jax.tree.unflatten(treedef, parts)
+                args, kwargs = jax.tree.map(lambda x: _own_key(x, index), (args, kwargs))
+                (loss, aux, carried), grads = evaluate(params, carried, args, kwargs)
+                averaged, own = _parted(aux, self._averaged(aux))
+                own = jax.tree.map(lambda x: x if jnp.ndim(x) else jnp.reshape(x, 1), own)
+                # What is no float (counts, keys) may differ between devices: one of them decides.
+                alike = lambda x: x if _is_inexact(x) else _axes.first(x, names)
+                return (loss, averaged, jax.tree.map(alike, carried), grads), own
+
+            mapped = _mesh.mapped(of_part, mesh, names)
+            (loss, averaged, carried, grads), own = mapped(params, batch, others)
+            return (loss, _joined(averaged, own), carried), grads
+
+        return whole
 
     def over_microbatches(self, evaluate: Evaluate, carried: Any, args: Any, kwargs: Any) -> Result:
         """Mean of evaluate(carried, args, kwargs) over groups, in the memory of those together."""
@@ -153,7 +196,14 @@ class Groups:
 
 
 def _wide_zeros(x: Any) -> jax.Array:
-    return _numerics.widened(jnp.zeros_like(x))
+    zeros = _numerics.widened(jnp.zeros_like(x))
+    # Gradients of parameters sharded over explicit axes are so by type.
+    sharded = isinstance(x.sharding, NamedSharding) and any(x.sharding.spec)
+    return jax.sharding.reshard(zeros, x.sharding) if sharded else zeros
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
 def _is_inexact(x: Any) -> bool:
@@ -234,7 +284,8 @@ def _named(args: Any, kwargs: Any, argnums: Sequence[int | str], first: int) -> 
     return tuple(chosen_args), chosen_kwargs
 
 
-def _number_of_groups(size: int, batch: list[Any]) -> int:
+def _length(batch: list[Any]) -> int:
+    """The number of examples."""
     if not batch:
         raise ValueError("batch_argnums must name at least one array to split, got none")
     lengths = [jnp.shape(x)[0] for x in batch]
@@ -243,12 +294,17 @@ def _number_of_groups(size: int, batch: list[Any]) -> int:
             "batch_argnums must name arrays with one common first axis to split, "
             f"got lengths {lengths}"
         )
-    if lengths[0] == 0 or lengths[0] % size:
+    return lengths[0]
+
+
+def _number_of_groups(size: int, batch: list[Any]) -> int:
+    length = _length(batch)
+    if length == 0 or length % size:
         raise ValueError(
             f"microbatch_size must divide the batch, got microbatch_size {size} "
-            f"and a batch of {lengths[0]}"
+            f"and a batch of {length}"
         )
-    return lengths[0] // size
+    return length // size
 
 
 def _number_together(vectorize: int | bool, groups: int) -> int:

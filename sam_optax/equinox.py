@@ -46,7 +46,9 @@ def value_and_grad(
         rest of it (counts, alike in all groups) is kept once. A state, and a
         module among the arguments, is never split by microbatch_size. Keys in
         them are folded with the index of the group; over devices a state should
-        hold none, because each device would return another one.
+        hold none, because each device would return another one (with mesh all
+        return that of the first group). With mesh the arguments that are split
+        are those beside the model, states and modules.
 
     Returns:
       A function of the arguments of loss_fn that returns (loss, grads), or
@@ -82,7 +84,8 @@ def value_and_grad(
       Costs what the transform costs, two gradients for `sam`. With or without
       this door, `eqx.nn.BatchNorm` of Equinox 0.13 does not run under shard_map
       with replication checking, nor, with mode="ema", in any shard_map or pmap
-      since jax 0.10: take mode="batch" and check_vma=False.
+      since jax 0.10: take mode="batch" and check_vma=False, or mesh, whose
+      map is without replication checking.
     """
     groups, rest = _doors.split_options(options, _doors.Options, first=1)
     _doors.check(transform, **rest)
@@ -168,7 +171,8 @@ def value_and_grad_fn(
       has_aux: whether loss_fn returns (loss, aux).
       filter_spec: as in `value_and_grad`.
       **options: the other options of `sam_optax.value_and_grad_fn`, over groups
-        as in `value_and_grad`.
+        as in `value_and_grad`. With mesh grads and grad_fn are means over the
+        groups: no `pmean` in the chain.
 
     Returns:
       A function of the arguments of loss_fn that returns (value, grads,

@@ -50,7 +50,9 @@ def value_and_grad(
         examples floating state is averaged, and the rest (counts, alike in all
         groups) is kept once; each micro-batch and each device of axis_name
         draws from keys of its own, folded with its index, which stay as they
-        were in the objects.
+        were in the objects. With mesh the arguments that are split (by default
+        all positional arrays) are those beside the objects, whose state is
+        never split.
 
     Returns:
       A function of the arguments of loss_fn that updates the state of NNX
@@ -60,8 +62,8 @@ def value_and_grad(
 
     Raises:
       ValueError, TypeError, NameError: as `sam_optax.value_and_grad`; also for
-        an `nnx.Metric` among the arguments over micro-batches, which is no
-        average: update metrics after the call, from aux.
+        an `nnx.Metric` among the arguments over micro-batches or with mesh, which
+        is no average: update metrics after the call, from aux.
 
     Example:
       >>> import jax.numpy as jnp, optax, sam_optax.nnx
@@ -176,7 +178,8 @@ def value_and_grad_fn(
       wrt: filter of the variables to differentiate, that of the optimizer.
       argnums: the argument to differentiate, a position or an `nnx.DiffState`.
       **options: the other options of `sam_optax.value_and_grad_fn`, over groups
-        as in `value_and_grad`.
+        as in `value_and_grad`. With mesh grads and grad_fn are means over the
+        groups: no `pmean` in the chain.
 
     Returns:
       A function of the arguments of loss_fn that updates the state of NNX
@@ -263,7 +266,7 @@ class _Call:
             filters |= dict.fromkeys(range(start, len(self._objects)), predicate)
         self.args = tuple(None if n in chosen else hold(a) for n, a in enumerate(args))
         self.kwargs = {name: hold(a) for name, a in kwargs.items()}
-        if groups.microbatch_size is not None:
+        if groups.microbatch_size is not None or groups.mesh is not None:
             _refuse_metrics(self._objects)
 
         def differentiated(path: Any, value: Any) -> bool:
@@ -336,6 +339,6 @@ def _refuse_metrics(objects: list[Any]) -> None:
     for _, x in nnx.iter_graph(objects):
         if isinstance(x, nnx.Metric):
             raise ValueError(
-                "metrics must be updated after the call over micro-batches, from aux, because "
+                "metrics must be updated after the call over groups of examples, from aux, because "
                 f"their sums and counts are no averages, got {type(x).__name__} among the arguments"
             )

@@ -434,6 +434,41 @@ def test_accumulation_with_one_perturbation_for_the_whole_batch(accumulation):
     assert_same(accumulate(multi, params, parts, [unused] * (K - 1) + [grad_fn]), expected)
 
 
+def test_multi_steps_around_a_method_descends_on_the_last_micro_batch(accumulation):
+    """It averages the clean gradients, so e is that of all; but grad_fn is the last call's."""
+    params, _, _, parts = accumulation
+    on_part = lambda w, part: jax.grad(quadratic)(w, *part)
+    tx = optax.MultiSteps(
+        optax.chain(sam_optax.sam(RHO), optax.sgd(0.1)), K, accumulator_dtype=jnp.float64
+    )
+    mean = lambda w: jax.tree.map(lambda *g: sum(g) / K, *(ref.gradient(w, b) for b in parts))
+    e = ref.ascent(mean(params), dict.fromkeys(params, 1.0), RHO, 2.0)
+    moved = {name: params[name] + e[name] for name in params}
+    out = accumulate(tx, params, parts, [on_part] * K)
+    assert_same(out, sgd_step(params, ref.gradient(moved, parts[-1])))
+    whole = sgd_step(params, mean(moved))  # what one would think it does
+    assert max(np.abs(out[name] - whole[name]).max() for name in params) > 1e-3
+
+
+def test_multi_steps_behind_the_first_door(accumulation):
+    """The right form: each micro-batch has its own perturbation, and MultiSteps the mean."""
+    params, _, _, parts = accumulation
+    tx = optax.MultiSteps(optax.sgd(0.1), K, accumulator_dtype=jnp.float64)
+    sharp = sam_optax.grad(quadratic, sam_optax.sam(RHO))
+
+    @jax.jit
+    def step(w, state, part):
+        updates, state = tx.update(sharp(w, *part), state, w)
+        return optax.apply_updates(w, updates), state
+
+    w, state = params, tx.init(params)
+    for part in parts:
+        jax.tree.map(np.testing.assert_array_equal, w, params)
+        w, state = step(w, state, part)
+    own = [numpy_sam(params, [part] * K) for part in parts]
+    assert_same(w, sgd_step(params, jax.tree.map(lambda *g: sum(g) / K, *own)))
+
+
 # Mixed precision.
 
 

@@ -25,6 +25,7 @@ from sam_optax._cadence import StepCountState as StepCountState
 from sam_optax._cadence import cadenced as cadenced
 from sam_optax._cadence import every as every
 from sam_optax._cadence import from_step as from_step
+from sam_optax._cadence import payments as payments
 from sam_optax._cadence import pays as pays
 from sam_optax._descent import extrapolate as extrapolate
 from sam_optax._family import FAMILY as FAMILY
@@ -168,6 +169,7 @@ __all__ = (
     "multi_step",
     "multi_step_sam",
     "normalization_mask",
+    "payments",
     "pays",
     "pmean",
     "previous",

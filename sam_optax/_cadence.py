@@ -5,8 +5,8 @@ A cadence is an Optax transformation from a gradient to a boolean. It stands in
 are not paid for, or in `cadenced` around a whole method, which then stands
 still. Both decide by one `jax.lax.cond`, or by the host's word: update takes
 `pay=`, True or False, and then the program has one of the two branches and no
-cond (None, the default, is the cond). What the host says the cadence would have
-said itself is in its state: `pays` reads it there. The same training either way:
+cond (None, the default, is the cond). What the cadence would have said itself
+`pays` reads in a state and `payments` tells ahead. The same training either way:
 
     @functools.partial(jax.jit, static_argnames="pay")  # two programs, one of plain steps
     def step(params, opt_state, batch, pay):
@@ -14,11 +14,13 @@ said itself is in its state: `pays` reads it there. The same training either way
         updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn, pay=pay)
         return optax.apply_updates(params, updates), opt_state, value
 
-    for batch in batches:
-        params, opt_state, value = step(params, opt_state, batch, sam_optax.pays(opt_state))
+    for pay, batch in zip(sam_optax.payments(sam_optax.every(5), len(batches)), batches):
+        params, opt_state, value = step(params, opt_state, batch, pay)
 
-A state with a field `cadence` is a method's, and in it stands the state of a
-cadence, whose field `pays` is the decision on the coming step.
+With `pay=sam_optax.pays(opt_state)` the loop need not know the cadence, but waits
+for each step before it can start the next. How the state tells: a field `cadence`
+marks the state of a method, and in it stands that of a cadence, whose field `pays`
+is the decision on the coming step.
 """
 
 from collections.abc import Callable
@@ -251,15 +253,62 @@ def pays(opt_state: Any) -> bool | None:
       <https://arxiv.org/abs/2203.02714>`_, 2022, whose cost this reaches.
 
     Note:
-      Reads one boolean, for which it waits until the step before has run. A
-      loop that knows the step need not ask: `every(5)` pays where `step % 5 ==
-      0`. The state was made by the step before: hyperparameters of a cadence
-      that change in between count one step later.
+      Reads one boolean, for which it waits until the step before has run: up to
+      a third of a short step. `payments` does not wait. The state was made by
+      the step before: hyperparameters of a cadence that change in between count
+      one step later.
     """
     words = _words(opt_state)
     if not words:
         raise ValueError(f"opt_state must hold a method with a cadence, got {type(opt_state)}")
     return None if len(words) > 1 else words.pop()
+
+
+def payments(when: When, steps: int) -> np.ndarray:
+    """Which of the first steps a cadence pays for, known before they are taken.
+
+    For a loop that decides on the host and does not wait for a step before it
+    starts the next, as it would with `pays`. Give update one of these as `pay=`.
+
+        pay_t = the decision of `when` at step t,  t = 0 ... steps - 1
+
+    Args:
+      when: the cadence of the method: every(k) of `look_sam`, from_step(start)
+        of `late_phase`, with_probability(probability, key) of `randomised`, or
+        a function of the step count to a boolean.
+      steps: how many, at least 1. A run that goes on from a checkpoint takes
+        them from its step on. Inside of another `cadenced` a cadence counts
+        only the steps that this one pays for.
+
+    Returns:
+      A NumPy array of booleans, one for each step.
+
+    Raises:
+      ValueError: if steps is below 1, or for a cadence whose state has no field
+        `pays`, such as `when_large`, which looks at the gradient.
+
+    Example:
+      >>> import sam_optax
+      >>> print(sam_optax.payments(sam_optax.every(3), 5))
+      [ True False False  True False]
+
+    References:
+      Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2203.02714>`_, 2022, whose cost this reaches.
+
+    Note:
+      One small program before training.
+    """
+    steps = _checks.integer_at_least("steps", steps, 1)
+    cadence = cadence_of(when)
+    start = cadence.init({})  # of any parameters
+    _own_words(start)  # refuses one that needs the gradient
+
+    def step(state: Any, _: None) -> tuple[Any, Any]:
+        pay, state = cadence.update({}, state)
+        return state, pay
+
+    return np.asarray(jax.lax.scan(step, start, length=steps)[1])
 
 
 def _words(state: Any) -> set[bool]:
@@ -282,10 +331,9 @@ def _own_words(cadence: Any) -> set[bool]:
         cadence = cadence.inner_state  # of inject_hyperparams and the like
     if not hasattr(cadence, "pays"):
         raise ValueError(
-            "opt_state must hold cadences whose state has a field pays; one that looks at the "
-            "gradient has none, and the host cannot know before there is one: leave pay=None, or "
-            "update that cadence by hand with the gradient and give its decision as pay=bool(...), "
-            f"got {type(cadence)}"
+            "the state of a cadence must have a field pays for the host to know its decision; one "
+            "that looks at the gradient has none: leave pay=None, or update that cadence by hand "
+            f"with the gradient and give its decision as pay=bool(...), got {type(cadence)}"
         )
     word: Any = jax.tree.leaves(cadence.pays)[0]  # an array, also where NNX wraps it
     if _checks.is_traced(word):

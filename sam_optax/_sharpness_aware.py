@@ -29,7 +29,7 @@ class SharpnessAwareState(NamedTuple):
       descent: memory of the descent rule, which `otherwise` shares.
     """
 
-    cadence: optax.OptState
+    cadence: optax.OptState | None
     ascent: optax.OptState
     descent: optax.OptState
 

@@ -42,6 +42,18 @@ BY_GRADIENT = {
     "adaptive": sam_optax.adaptive(VASSO, 12, c_start=0.5),
 }
 ALL = METHODS | BY_GRADIENT
+# The method, and the cadence that its name stands for.
+FORETOLD = {
+    "every": (METHODS["every"], EVERY),
+    "a function of the step": (METHODS["a function of the step"], lambda count: count % 4 == 1),
+    "look_sam": (METHODS["look_sam"], EVERY),
+    "late_phase": (METHODS["late_phase"], sam_optax.from_step(4)),
+    "randomised": (METHODS["randomised"], sam_optax.with_probability(0.4, key=1)),
+    "by inject_hyperparams": (
+        aware(when=sam_optax.from_step(2)),
+        optax.inject_hyperparams(sam_optax.from_step)(start=2),
+    ),
+}
 
 RNG = np.random.default_rng(0)
 PARAMS = {"w": jnp.asarray(RNG.normal(size=(4, 3)), "float32"), "b": jnp.zeros(3)}
@@ -229,13 +241,34 @@ def test_the_word_is_a_boolean_known_when_traced(name):
     assert_identical(update(np.True_), update(True))
 
 
+@pytest.mark.parametrize("name", FORETOLD)
+def test_payments_tell_ahead_what_the_states_tell(name):
+    method, when = FORETOLD[name]
+    update = jax.jit(functools.partial(method.update, grad_fn=lambda w: w))
+    state, said = method.init(PARAMS), []
+    for _ in range(12):
+        said.append(sam_optax.pays(state))
+        _, state = update(PARAMS, state, PARAMS)
+    told = sam_optax.payments(when, 12)
+    assert told.tolist() == said and {*said} == {True, False}
+    out, _ = method.update(PARAMS, state, PARAMS, grad_fn=lambda w: w, pay=told[0])
+    assert jax.tree.structure(out) == jax.tree.structure(PARAMS)
+
+
+def test_errors_of_payments():
+    with pytest.raises(ValueError, match=r"steps must .*0"):
+        sam_optax.payments(EVERY, 0)
+    with pytest.raises(ValueError, match=r"must have a field pays .*WhenLargeState"):
+        sam_optax.payments(LARGE, 3)
+
+
 def test_errors_of_pays():
     for stateless in (SAM, optax.adam(0.1), aware()):
         with pytest.raises(ValueError, match="opt_state must hold a method with a cadence"):
             sam_optax.pays(stateless.init(PARAMS))
     memory = optax.GradientTransformation(lambda params: jnp.zeros([]), lambda g, s, w: (True, s))
     for unknown in (sam_optax.adaptive(SAM, 9), aware(when=memory)):
-        with pytest.raises(ValueError, match="a field pays; one that looks at the gradient has"):
+        with pytest.raises(ValueError, match="must have a field pays"):
             sam_optax.pays(unknown.init(PARAMS))
     state = sam_optax.look_sam().init(PARAMS)
     with pytest.raises(ValueError, match=r"ask pays outside of jax\.jit"):

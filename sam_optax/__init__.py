@@ -64,9 +64,11 @@ from sam_optax._family.look_sam import reuse_orthogonal as reuse_orthogonal
 from sam_optax._family.lookbehind import LookbehindState as LookbehindState
 from sam_optax._family.lookbehind import lookbehind as lookbehind
 from sam_optax._family.momentum_sam import MomentumState as MomentumState
+from sam_optax._family.momentum_sam import SharedMomentumSAMState as SharedMomentumSAMState
 from sam_optax._family.momentum_sam import along_momentum as along_momentum
 from sam_optax._family.momentum_sam import keep_momentum as keep_momentum
 from sam_optax._family.momentum_sam import momentum_sam as momentum_sam
+from sam_optax._family.momentum_sam import shared_momentum_sam as shared_momentum_sam
 from sam_optax._family.multi_step_sam import multi_step as multi_step
 from sam_optax._family.multi_step_sam import multi_step_sam as multi_step_sam
 from sam_optax._family.random_perturbation import GaussianAscentState as GaussianAscentState
@@ -123,6 +125,7 @@ __all__ = (
     "PreviousState",
     "RunningAverageState",
     "SAMPaState",
+    "SharedMomentumSAMState",
     "SharpnessAwareState",
     "StepCountState",
     "TowardEigenvectorState",
@@ -182,6 +185,7 @@ __all__ = (
     "running_average",
     "sam",
     "sampa",
+    "shared_momentum_sam",
     "sharpness_aware",
     "sparse_sam",
     "stable_sam",

@@ -11,7 +11,9 @@ STEP_TIME = (  # step, ratio to, highest
     ("sam, chain", "over floor", 1.03),
     ("sam", "over opaque", 1.0),
     ("sam, chain", "over opaque", 1.0),
-    ("look_sam, chain", "over plain", 1.3),
+    ("look_sam, host", "over plain", 1.25),
+    ("late_phase, host", "over plain", 1.02),
+    ("randomised, host", "over plain", 1.55),
     ("momentum_sam, chain", "over plain", 1.1),
 )
 PROGRAM = (

@@ -55,10 +55,11 @@ def through_second_door(
     """A step whose optimizer holds the method and takes a function for gradients.
 
     A method that needs no clean gradient pays a forward pass for the clean loss; with `loss_from`
-    "perturbed", loss and statistics are those of the last pass that it makes itself.
+    "perturbed", loss and statistics are those of the last pass that it makes itself. A host that
+    decides in place of a cadence compiles the step with `pay` given.
     """
 
-    def step(carry, x, y):
+    def step(carry, x, y, pay=None):
         params, state, stats, count = carry
         key = jax.random.fold_in(jax.random.key(0), count)
         outputs = []
@@ -72,7 +73,7 @@ def through_second_door(
             outputs.append(output)
             return grads
 
-        extra = dict.fromkeys(takes, grad_fn)
+        extra = dict.fromkeys(takes, grad_fn) | ({} if pay is None else {"pay": pay})
         updates, state = tx.update(grad_fn(params), state, params, **extra)
         loss, stats = outputs[0 if loss_from == "clean" else -1]
         return (optax.apply_updates(params, updates), state, stats, count + 1), loss
@@ -147,5 +148,26 @@ def comparison(problem: Problem, optimizer: str) -> dict[str, Callable[[], Step]
         "momentum_sam, chain": lambda: through_second_door(
             problem, optax.chain(sam_optax.momentum_sam(), base), loss_from="perturbed"
         ),
-        "look_sam, chain": chained(sam_optax.look_sam(RHO, k=CYCLE)),
+        "look_sam, chain": cadences(problem, optimizer)["look_sam"],
     }
+
+
+# What pays at some steps only: the method, and its cadence for a host that decides.
+CADENCES = {
+    "look_sam": (sam_optax.look_sam(RHO, k=CYCLE), sam_optax.every(CYCLE)),
+    "late_phase": (  # before the start
+        sam_optax.late_phase(sam_optax.sam(RHO), start=1_000_000),
+        sam_optax.from_step(1_000_000),
+    ),
+    "randomised": (sam_optax.randomised(sam_optax.sam(RHO)), sam_optax.with_probability()),
+}
+
+
+def cadences(problem: Problem, optimizer: str) -> dict[str, Callable[[], Step]]:
+    """Name -> builder of the step of a method that pays at some steps only."""
+    base = OPTIMIZERS[optimizer]()
+
+    def chained(method: optax.GradientTransformation) -> Callable[[], Step]:
+        return lambda: through_second_door(problem, optax.chain(method, base))
+
+    return {name: chained(method) for name, (method, _) in CADENCES.items()}

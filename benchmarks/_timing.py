@@ -16,7 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import sam_optax
+
 WARM_UP = 2  # turns that do not count
+MOST_STEPS = 100_000  # of one competitor in one run
 
 
 class Options(NamedTuple):
@@ -88,6 +91,23 @@ def compare(steps: Mapping[str, Callable[[], Any]], batch: tuple[Any, ...], cycl
         programs[name], _ = compiled(step, carry, batch)
         turns[name] = turn(programs[name], own(carry), batch, calls * cycle)
     return turns, programs
+
+
+def by_host(build: Callable[[], Any], batch: tuple[Any, ...], cycle: int, when: Any) -> Callable:
+    """A turn of a step with this cadence, for which the host chooses between two programs.
+
+    Without the cadence it asks the state at every step, and so waits for the step before.
+    """
+    step, carry, calls = build()
+    jitted = jax.jit(step, donate_argnums=(0,), static_argnames="pay")
+    programs = {pay: jitted.lower(carry, *batch, pay=pay).compile() for pay in (True, False)}
+    told = when and iter(sam_optax.payments(when, MOST_STEPS).tolist())
+
+    def decided(carry: Any, *batch: Any) -> Any:
+        _, opt_state, *_ = carry
+        return programs[next(told) if told else sam_optax.pays(opt_state)](carry, *batch)
+
+    return turn(decided, own(carry), batch, calls * cycle)
 
 
 def lowered(step: Callable[..., Any], carry: Any, batch: tuple[Any, ...], donate: bool = True):

@@ -32,6 +32,7 @@ WITH_BASE: dict[str, Callable[[optax.GradientTransformation], Any]] = {
     "decoupled_wsam": lambda base: sam_optax.decoupled_wsam(base, LEARNING_RATE),
     "lookbehind": lambda base: sam_optax.lookbehind(base),
     "sampa": lambda base: sam_optax.sampa(base),
+    "shared_momentum_sam": lambda base: sam_optax.shared_momentum_sam(base),
 }
 
 

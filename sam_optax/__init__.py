@@ -25,6 +25,8 @@ from sam_optax._cadence import StepCountState as StepCountState
 from sam_optax._cadence import cadenced as cadenced
 from sam_optax._cadence import every as every
 from sam_optax._cadence import from_step as from_step
+from sam_optax._cadence import payments as payments
+from sam_optax._cadence import pays as pays
 from sam_optax._descent import extrapolate as extrapolate
 from sam_optax._family import FAMILY as FAMILY
 from sam_optax._family import Member as Member
@@ -62,9 +64,11 @@ from sam_optax._family.look_sam import reuse_orthogonal as reuse_orthogonal
 from sam_optax._family.lookbehind import LookbehindState as LookbehindState
 from sam_optax._family.lookbehind import lookbehind as lookbehind
 from sam_optax._family.momentum_sam import MomentumState as MomentumState
+from sam_optax._family.momentum_sam import SharedMomentumSAMState as SharedMomentumSAMState
 from sam_optax._family.momentum_sam import along_momentum as along_momentum
 from sam_optax._family.momentum_sam import keep_momentum as keep_momentum
 from sam_optax._family.momentum_sam import momentum_sam as momentum_sam
+from sam_optax._family.momentum_sam import shared_momentum_sam as shared_momentum_sam
 from sam_optax._family.multi_step_sam import multi_step as multi_step
 from sam_optax._family.multi_step_sam import multi_step_sam as multi_step_sam
 from sam_optax._family.random_perturbation import GaussianAscentState as GaussianAscentState
@@ -121,6 +125,7 @@ __all__ = (
     "PreviousState",
     "RunningAverageState",
     "SAMPaState",
+    "SharedMomentumSAMState",
     "SharpnessAwareState",
     "StepCountState",
     "TowardEigenvectorState",
@@ -167,6 +172,8 @@ __all__ = (
     "multi_step",
     "multi_step_sam",
     "normalization_mask",
+    "payments",
+    "pays",
     "pmean",
     "previous",
     "proportional_ascent",
@@ -178,6 +185,7 @@ __all__ = (
     "running_average",
     "sam",
     "sampa",
+    "shared_momentum_sam",
     "sharpness_aware",
     "sparse_sam",
     "stable_sam",

@@ -64,6 +64,14 @@ def integer_at_least(name: str, value: Any, bound: int, traced: bool = False) ->
     return int(value)
 
 
+def boolean(name: str, value: Any) -> bool:
+    """The boolean, known now."""
+    if not isinstance(value, bool | np.bool_):
+        hint = ": name it in static_argnames of jax.jit" if is_traced(value) else ""
+        raise ValueError(f"{name} must be True, False or None, got {value!r}{hint}")
+    return bool(value)
+
+
 def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Requires one of a few names."""
     if value not in allowed:

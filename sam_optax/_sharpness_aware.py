@@ -24,13 +24,12 @@ class SharpnessAwareState(NamedTuple):
     """State of `sharpness_aware`: the states of its parts.
 
     Attributes:
-      cadence: memory of `when`: the count of steps if it is a function, empty
-        without a cadence.
+      cadence: memory of `when`, None without a cadence.
       ascent: memory of the ascent rule.
       descent: memory of the descent rule, which `otherwise` shares.
     """
 
-    cadence: optax.OptState
+    cadence: optax.OptState | None
     ascent: optax.OptState
     descent: optax.OptState
 
@@ -62,8 +61,8 @@ def sharpness_aware(
       when: cadence, whether to pay for g_s at this step: `every`, `from_step`,
         `with_probability`, `when_large`, a function of the step count to a
         boolean, or a transformation whose update returns one. By default always.
-        A step that does not pay does not compute g_s (`jax.lax.cond`); the
-        ascent still sees its gradient, so that averages and schedules go on.
+        A step that does not pay does not compute g_s; the ascent still sees its
+        gradient, so that averages and schedules go on.
       otherwise: used in place of descent on the steps that do not pay: it
         gets g as updates and shares the memory of descent (its own init is
         never called). The clean gradient by default.
@@ -77,15 +76,17 @@ def sharpness_aware(
       grad_fn, a function from params to gradients with the structure of
       params, or value_fn, a function from params to a scalar loss. Optional
       is descent_grad_fn, which replaces grad_fn at w + e (other examples, or
-      another precision, than the ascent's). All other extra arguments reach
-      ascent and descent and stay available to the rest of a chain. The result
-      has the structure of the gradient.
+      another precision, than the ascent's), and with a cadence pay, a boolean
+      known when the step is traced, which decides in its place (see
+      `sam_optax.pays`). All other extra arguments reach ascent and descent and
+      stay available to the rest of a chain. The result has the structure of the
+      gradient.
 
     Raises:
       ValueError: at the call, if params, both of grad_fn and value_fn, or an
-        argument that a rule requires are missing, or if grad_fn takes more than
-        params, returns another structure than the updates, or fails where
-        optax.masked hides parameters.
+        argument that a rule requires are missing, if pay is no boolean, or if
+        grad_fn takes more than params, returns another structure than the
+        updates, or fails where optax.masked hides parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sam_optax
@@ -107,8 +108,8 @@ def sharpness_aware(
     Note:
       Two gradient evaluations a step, one of them the caller's; extra memory
       of one copy of the parameters, the perturbed ones, while g_s is computed.
-      With a cadence, convolutions on a CPU are slow: inside of `jax.lax.cond`
-      XLA compiles their gradients some ten times slower there.
+      With a cadence and without pay, convolutions on a CPU are slow: inside of
+      `jax.lax.cond` XLA compiles their gradients some ten times slower there.
     """
     ascent = rule(ascent)
     descent = rule(descent or optax.identity())
@@ -117,7 +118,7 @@ def sharpness_aware(
 
     def init(params: optax.Params) -> SharpnessAwareState:
         return SharpnessAwareState(
-            cadence=cadence.init(params) if cadence else optax.EmptyState(),
+            cadence=cadence.init(params) if cadence else None,
             ascent=ascent.init(params),
             descent=descent.init(params),
         )

@@ -27,6 +27,7 @@ ARGUMENTS = {
     "randomised": {"method": sam_optax.sam()},
     "running_average": {"weight": 0.5},
     "sampa": {"base": optax.sgd(0.1)},
+    "shared_momentum_sam": {"base": optax.sgd(0.1, momentum=0.9)},
     "sharpness_aware": {"ascent": sam_optax.dual_ascent(0.1)},
     "stateless": {"fn": lambda updates, clean: updates},
     "when_large": {"steps": 10},

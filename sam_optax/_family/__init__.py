@@ -81,6 +81,7 @@ FAMILY = {
     "running_average": Member("filter"),
     "sam": Member("method"),
     "sampa": Member("optimizer", ("previous_grad_fn",), uses_clean=False),
+    "shared_momentum_sam": Member("optimizer", uses_clean=False),
     "sparse_sam": Member("method"),
     "stable_sam": Member("method"),
     "surrogate_gap": Member("descent"),

@@ -65,7 +65,7 @@ def when_large(
 
     Note:
       The extra gradients of the method at the steps paid for; three numbers of
-      state.
+      state. `sam_optax.pays` and `payments` cannot tell.
     """
     steps = _checks.integer_at_least("steps", steps, 1, traced=True)
     _checks.in_interval("decay", decay, "[0, 1)")

@@ -1,5 +1,6 @@
 """Momentum-SAM (2024): perturbs against the momentum."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,15 +8,28 @@ import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
+from sam_optax._gradients import gradient_functions
 from sam_optax._rules import transformation
 from sam_optax._sharpness_aware import sharpness_aware
-from sam_optax._types import Mask, Normalization
+from sam_optax._types import GradFn, Mask, Normalization
 
 
 class MomentumState(NamedTuple):
     """The momentum of the gradients returned so far; zero at first."""
 
     momentum: optax.Updates
+
+
+class SharedMomentumSAMState(NamedTuple):
+    """State of `shared_momentum_sam`.
+
+    Attributes:
+      ascent: count of steps if rho is a schedule.
+      base: state of the base optimizer, its momentum in it.
+    """
+
+    ascent: optax.OptState
+    base: optax.OptState
 
 
 def along_momentum() -> optax.GradientTransformationExtraArgs:
@@ -128,7 +142,7 @@ def momentum_sam(
     r"""Momentum-SAM: perturbs against the momentum, for the price of one gradient.
 
     Use it where two gradients are too much; give it the momentum of the
-    optimizer that follows.
+    optimizer that follows. `shared_momentum_sam` reads that one instead.
 
         e = -rho v/||v||, 0 in the first step;  out = g_s;  then v <- momentum v + g_s
 
@@ -173,3 +187,113 @@ def momentum_sam(
     """
     ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
     return sharpness_aware(optax.chain(along_momentum(), ascent), keep_momentum(momentum))
+
+
+def shared_momentum_sam(
+    base: optax.GradientTransformation,
+    rho: optax.ScalarOrSchedule = 0.3,
+    *,
+    p: jax.typing.ArrayLike | None = None,
+    normalization: Normalization | None = None,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Momentum-SAM that reads the momentum of the optimizer: no second copy of it.
+
+    Prefer it to `momentum_sam` where the optimizer has a momentum and stands
+    right after; the numbers are the same to rounding.
+
+        e = -rho v/||v||, 0 in the first step;  updates = base(grad L(w + e)),
+        v: the momentum in the state of base before this step
+
+    Args:
+      base: the base optimizer, its learning rate included, with one momentum in
+        its state: the `trace` of SGD, the `mu` of Adam, AdamW or Lion. Adam's is
+        an average, (1 - b1) times a sum with its own b1, and as the norm is
+        divided out only the direction counts. What stands before the momentum
+        in base, such as decay or clipping, is part of v.
+      rho: radius, at least 0: a number, a traced scalar or a schedule. Wants
+        more than SAM: 0.3 to 3 with SGD, 1 with AdamW.
+      p: order of the norm of e, from 1 to infinity, see `dual_ascent`.
+      normalization: operator T that measures e, such as `elementwise()` for
+        ASAM's, see `dual_ascent`.
+      mask: leaves that are perturbed, see `dual_ascent`.
+
+    Returns:
+      An optimizer: the updates are to be added to params. Its update needs
+      params and grad_fn or value_fn; the gradient given serves its structure
+      alone. Evaluate the model at params, the unperturbed ones.
+
+    Raises:
+      ValueError: if rho is negative; at init, if the state of base holds no
+        momentum or several; at the call, if params or grad_fn are missing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, numpy as np, optax, sam_optax
+      >>> loss_fn = lambda w: jnp.sum(w**2)
+      >>> tx = sam_optax.shared_momentum_sam(optax.sgd(0.1, momentum=0.9), rho=0.5)
+      >>> w = jnp.array([3.0, 4.0])
+      >>> state = tx.init(w)
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(jax.grad(loss_fn)(w), state, w, value_fn=loss_fn)
+      ...     print(np.array(updates).round(2))  # the second: -0.1 (0.9 [6, 8] + 2 [2.7, 3.6])
+      [-0.6 -0.8]
+      [-1.08 -1.44]
+
+    References:
+      Becker et al., `Momentum-SAM: Sharpness Aware Minimization without
+      Computational Overhead <https://arxiv.org/abs/2401.12033>`_, 2024,
+      algorithm 1.
+
+    Note:
+      One gradient evaluation, no state beside that of base, and one pass over
+      the momentum. A momentum that is not finite stays so, as it does in base.
+    """
+    base = optax.with_extra_args_support(base)
+    ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
+
+    def init(params: optax.Params) -> SharedMomentumSAMState:
+        base_state = base.init(params)
+        _momentum_in(base_state, params)  # better said before training
+        return SharedMomentumSAMState(ascent.init(params), base_state)
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: Any = None,
+        *,
+        grad_fn: GradFn | None = None,
+        value_fn: Callable[[optax.Params], jax.Array] | None = None,
+        descent_grad_fn: GradFn | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SharedMomentumSAMState]:
+        _, descend = gradient_functions(updates, params, grad_fn, value_fn, descent_grad_fn)
+        extra_args |= {"grad_fn": descend, "value_fn": value_fn}
+        momentum = _momentum_in(state.base, params)
+        direction = _numerics.map_wide(lambda g, v: -v, updates, momentum)
+        perturbation, ascent_state = ascent.update(direction, state.ascent, params)
+        gradient = _numerics.movable(descend(optax.apply_updates(params, perturbation)))
+        result, base_state = base.update(gradient, state.base, params, **extra_args)
+        # Optax would make a float of the momentum of an integer leaf.
+        kept = lambda old, new: new if new.dtype == old.dtype else new.astype(old.dtype)
+        base_state = jax.tree.map(kept, state.base, base_state)
+        return result, SharedMomentumSAMState(ascent_state, base_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _momentum_in(state: optax.OptState, params: optax.Params) -> optax.Updates:
+    """The one momentum that an optimizer keeps, known by the name of its field."""
+
+    def names(node: Any) -> list[str]:
+        return [name for name in ("trace", "mu") if name in getattr(node, "_fields", ())]
+
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: bool(names(node)))
+    found = [getattr(node, name) for node in nodes for name in names(node)]
+    like = jax.tree.structure(params)
+    if len(found) != 1 or jax.tree.structure(found[0]) != like:
+        raise ValueError(
+            "base must hold one momentum, a field trace (optax.trace, sgd with momentum) or mu "
+            "(Adam, Lion) of the structure of params in its state, for the ascent to read, "
+            f"got {len(found)} of structures {[jax.tree.structure(v) for v in found]}"
+        )
+    return found[0]

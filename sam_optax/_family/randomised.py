@@ -12,10 +12,17 @@ from sam_optax._rules import transformation
 
 
 class WithProbabilityState(NamedTuple):
-    """Memory of `with_probability`: steps seen, and data of the key of the next step."""
+    """Memory of `with_probability`.
+
+    Attributes:
+      count: the steps seen.
+      key: data of the key of the next step.
+      pays: whether the coming step pays, for the host to read.
+    """
 
     count: jax.typing.ArrayLike
     key: jax.Array
+    pays: jax.Array
 
 
 def with_probability(
@@ -61,18 +68,23 @@ def with_probability(
     _checks.in_interval("probability", probability, "[0, 1]")
     first, draw = _numerics.key_stream(key)
 
+    def decision(count: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        chance = probability(count) if callable(probability) else probability
+        next_key, (own,) = draw(key)
+        return jax.random.bernoulli(own, chance), next_key
+
     def init(params: optax.Params) -> WithProbabilityState:
         del params
-        return WithProbabilityState(jnp.zeros([], jnp.int32), first())
+        count, key = jnp.zeros([], jnp.int32), first()
+        return WithProbabilityState(count, key, decision(count, key)[0])
 
     def update(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[jax.Array, WithProbabilityState]:
         del updates, params, extra_args
-        chance = probability(state.count) if callable(probability) else probability
-        next_key, (own,) = draw(state.key)
-        pay = jax.random.bernoulli(own, chance)
-        return pay, WithProbabilityState(optax.safe_increment(state.count), next_key)
+        pay, key = decision(state.count, state.key)
+        count = optax.safe_increment(state.count)
+        return pay, WithProbabilityState(count, key, decision(count, key)[0])
 
     return transformation(init, update)
 

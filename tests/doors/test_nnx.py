@@ -15,6 +15,7 @@ from public import METHODS, build
 
 import sam_optax
 import sam_optax.nnx
+from sam_optax import FAMILY
 
 RHO = 0.3
 X = jax.random.normal(jax.random.key(0), (16, 6))
@@ -341,8 +342,8 @@ def restore(path, *objects):
 
 
 def chained(name):
-    optimizers = ("bsam", "decoupled_wsam", "lookbehind", "sampa")
-    return build(name) if name in optimizers else optax.chain(build(name), optax.sgd(0.1))
+    is_optimizer = name in FAMILY and FAMILY[name].kind == "optimizer"
+    return build(name) if is_optimizer else optax.chain(build(name), optax.sgd(0.1))
 
 
 @pytest.mark.parametrize("name", STATEFUL)

@@ -264,6 +264,46 @@ def test_invariant_8_momentum_sam_is_nesterov_for_the_radius_of_its_look_ahead(x
     assert_close([p[0] for p in points], ahead[:-1])
 
 
+MOMENTA = {
+    "sgd": (optax.sgd(0.1, momentum=0.8), 0.8),
+    "nesterov": (optax.sgd(0.1, momentum=0.8, nesterov=True), 0.8),
+    "decoupled decay": (
+        optax.chain(optax.trace(0.8), optax.add_decayed_weights(0.1), optax.scale(-0.1)),
+        0.8,
+    ),
+    "adamw": (optax.adamw(0.1, b1=0.7, weight_decay=0.1), 0.7),
+    "inject_hyperparams": (optax.inject_hyperparams(optax.adam)(0.1, b1=0.7), 0.7),
+}
+
+
+@pytest.mark.parametrize("name", MOMENTA)
+def test_shared_momentum_sam_is_momentum_sam_before_its_base(x64, name):
+    """Adam's momentum is another multiple of the same sum."""
+    (base, momentum), batches = MOMENTA[name], (BATCHES * 2)[:10]
+    rho = lambda t: 0.3 + 0.1 * t
+    expected, at = run(sam_optax.momentum_sam(rho, momentum), batches=batches, base=base)
+    shared = sam_optax.shared_momentum_sam(base, rho)
+    path, points = run(optax.identity(), batches=batches, base=shared)
+    assert_close(path, expected)
+    assert_close(points, at)
+    assert all(len(p) == 1 for p in points)
+    sizes = lambda tx: sum(x.size for x in jax.tree.leaves(tx.init(PARAMS)))
+    assert sizes(shared) == sizes(base) + 1  # the count of rho's schedule
+
+
+def test_shared_momentum_sam_says_what_it_looked_for():
+    several = optax.chain(optax.trace(0.9), optax.adam(0.1))
+    for base, number in ((optax.sgd(0.1), 0), (several, 2)):
+        with pytest.raises(ValueError, match=rf"base must .*trace .*mu .*got {number} of"):
+            sam_optax.shared_momentum_sam(base).init(PARAMS)
+    part = optax.masked(optax.sgd(0.1, momentum=0.9), {k: k == "w1" for k in PARAMS})
+    with pytest.raises(ValueError, match=r"structure of params .*got 1 of"):
+        sam_optax.shared_momentum_sam(part).init(PARAMS)
+    # A parameter that is called so is none.
+    named = {"mu": jnp.ones(2), "trace": jnp.ones(2)}
+    sam_optax.shared_momentum_sam(optax.sgd(0.1, momentum=0.9)).init(named)
+
+
 def test_xsam_where_the_angle_vanishes_and_the_search_for_alpha(x64):
     w = jnp.array([2.0])
     for alpha in (0.0, 0.5, 1.7):

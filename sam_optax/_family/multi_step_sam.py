@@ -88,6 +88,8 @@ def multi_step_sam(
     rho: optax.ScalarOrSchedule = 0.05,
     steps: int = 2,
     step_size: optax.ScalarOrSchedule | None = None,
+    *,
+    descent: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SAM with several ascent steps inside the ball.
 
@@ -102,6 +104,8 @@ def multi_step_sam(
       steps: number of ascent steps, at least 1; 1 with the default step size
         is SAM.
       step_size: length s of a step, at least 0; rho/steps by default.
+      descent: rule from g_s to the result, such as `surrogate_gap(0.4)`; the
+        identity by default.
 
     Returns:
       As for `sam`.
@@ -131,7 +135,7 @@ def multi_step_sam(
     if step_size is not None:
         _checks.at_least("step_size", step_size, 0.0)
     length = _shared(rho, steps) if step_size is None else step_size
-    return sharpness_aware(multi_step(dual_ascent(length), steps, rho))
+    return sharpness_aware(multi_step(dual_ascent(length), steps, rho), descent)
 
 
 def _shared(rho: optax.ScalarOrSchedule, steps: int) -> Any:

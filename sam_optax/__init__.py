@@ -8,7 +8,7 @@ A perturbation is an Optax update, and a method is a composition: a cadence of
     _rules                                   how a rule is written
     _masks, _normalization                   what is perturbed, and how it is measured
     _gradients                               the gradient functions that update is given, checked
-    _ascent, _descent, _cadence              the rules that no paper owns
+    _ascent, _descent, _cadence, _payments   the rules that no paper owns; cadences told to the host
     _sharpness_aware                         the one generic method over them
     _family/                                 one file a paper: its rules and its alias
     _mesh, _groups, _doors, _functional,     a map of the library's own; groups of examples; passes
@@ -25,8 +25,6 @@ from sam_optax._cadence import StepCountState as StepCountState
 from sam_optax._cadence import cadenced as cadenced
 from sam_optax._cadence import every as every
 from sam_optax._cadence import from_step as from_step
-from sam_optax._cadence import payments as payments
-from sam_optax._cadence import pays as pays
 from sam_optax._descent import extrapolate as extrapolate
 from sam_optax._family import FAMILY as FAMILY
 from sam_optax._family import Member as Member
@@ -105,6 +103,8 @@ from sam_optax._functional import value_and_grad_fn as value_and_grad_fn
 from sam_optax._normalization import elementwise as elementwise
 from sam_optax._normalization import filterwise as filterwise
 from sam_optax._normalization import layerwise as layerwise
+from sam_optax._payments import payments as payments
+from sam_optax._payments import pays as pays
 from sam_optax._rules import stateless as stateless
 from sam_optax._sharpness_aware import SharpnessAwareState as SharpnessAwareState
 from sam_optax._sharpness_aware import sharpness_aware as sharpness_aware

@@ -134,9 +134,11 @@ def value_and_grad(
     """
     groups = Groups(axis_name, microbatch_size, batch_argnums, unroll, vectorize, average_aux, mesh)
 
+    given: Any = extra_args
+
     def own_args(params: Any, carried: Any, args: Any, kwargs: Any) -> Any:
         del carried
-        return extra_args(params, *args, **kwargs)  # type: ignore[operator]
+        return given(params, *args, **kwargs)
 
     sharp = _doors.value_and_grad(
         _pure(loss_fn, has_aux),

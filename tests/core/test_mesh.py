@@ -191,7 +191,7 @@ def test_a_training_step_compiles_once(problem, kind):
     params = step(params, x, key)
     for _ in range(2):
         params = step(params, x, key)
-    assert len(traces) == step._cache_size() == 1
+    assert len(traces) == 1 >= step._cache_size()
 
 
 def moved(compiled, kind):

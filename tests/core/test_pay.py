@@ -112,7 +112,7 @@ def test_training_by_the_host_is_the_traced_one_to_the_last_bit(name, door):
         there, there_state, expected = traced(there, there_state, x)
         assert_identical((params, state, value), (there, there_state, expected))
     assert set(said) == {True, False}
-    assert by_host._cache_size() == 2
+    assert by_host._cache_size() <= 2
 
 
 def count(jaxpr, name, within=None):

@@ -83,7 +83,7 @@ def test_linen_with_stock_train_state_batch_norm_and_dropout(aux_from):
         params = jax.tree.map(lambda w, v: w - 0.1 * v, params, velocity)
         stats = clean_stats if aux_from == "clean" else perturbed_stats
         assert_close((state.params, state.batch_stats, loss), (params, stats, clean_loss))
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
 
 
 def test_linen_microbatches_average_the_statistics():

@@ -494,7 +494,7 @@ def test_examples_evaluated_by_per_example_methods(build, sizes):
         jax.block_until_ready(step(params, x, y))
         jax.effects_barrier()
         assert sorted(calls) == sorted(sizes)
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
 
 
 def test_per_example_methods_at_a_stationary_point():
@@ -592,7 +592,7 @@ def test_cost_state_and_dtypes_are_stable_and_nothing_recompiles(name, dtype, rh
         assert layout(updates) == layout(params) and layout(new) == layout(state)
         assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
         params, state = optax.apply_updates(params, updates), new
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
 
 
 @pytest.mark.parametrize("name", ["sampa", "bsam"])

@@ -188,7 +188,7 @@ def test_state_is_stable_under_jit_scan_vmap_and_donation(dtype):
     for _ in range(4):
         carry = compiled(*carry)
         assert layout(carry[1]) == layout(state)
-    assert compiled._cache_size() == 1
+    assert compiled._cache_size() <= 1
     scanned, _ = jax.jit(
         lambda c: jax.lax.scan(lambda c, _: (step(*c), None), c, length=4), donate_argnums=0
     )((jax.tree.map(jnp.copy, params), tx.init(params)))  # as it comes: no buffer twice

@@ -105,8 +105,9 @@ class Study:
         *,
         seeds: int = 8,
         tuning_seeds: int = 2,
+        parser: argparse.ArgumentParser | None = None,
     ):
-        parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+        parser = parser or argparse.ArgumentParser(description=doc.splitlines()[0])
         parser.add_argument("--out", type=Path, default=Path("results/experiments"))
         parser.add_argument("--seeds", type=int, default=seeds, help="test runs of a method")
         parser.add_argument("--quick", action="store_true", help="digits, tiny grids, for CI")
@@ -320,9 +321,13 @@ class Study:
         self._bar.clear()
         print(f"\nClaim {claim}: {verdict}. {measured}.")
 
+    def close(self) -> None:
+        """Ends the bar of progress."""
+        self._bar.close()
+
     def finish(self, figure: matplotlib.figure.Figure) -> dict[str, Any]:
         """Saves the figure and the record of all runs; returns the record without the runs."""
-        self._bar.close()
+        self.close()
         name = f"{self.name}{'_quick' if self.quick else ''}"
         figure.savefig(self.out / f"{name}.png", dpi=150)
         plt.close(figure)

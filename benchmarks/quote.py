@@ -32,7 +32,7 @@ QUOTE = re.compile(
     re.DOTALL,
 )
 ANY_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?")
-NUMBER = re.compile(r"(?<![\w.])(?:\d+\.\d+|\d+(?=\s?%))")
+NUMBER = re.compile(r"(?<![\w.])(?:\d+\.\d+(?![\w.]*\d)|\d+(?=\s?%))")
 
 
 def pages(root: Path = ROOT) -> Iterator[Path]:

@@ -114,7 +114,9 @@ def advice(rows: Rows, ratios: Ratios) -> str:
     limit, wanted = GOAL
     if np.isnan(next(row["share"] for row in rows if row["method"] == "sam")):
         return "SAM gains nothing over the plain optimizer here."
-    others = [row for row in rows if row["method"] not in ("plain", "sam")]
+    others = [
+        row for row in rows if row["method"] != "sam" and not row["method"].startswith("plain")
+    ]
     words = lambda row: (
         f"{row['method']} ({cost(row, ratios):.2f} of a plain step, {percent(row)} % of SAM's gain)"
     )

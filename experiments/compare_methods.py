@@ -54,8 +54,8 @@ class Comparison:
         if unknown := set(wanted) - set(known):
             raise SystemExit(f"--methods must be among {known}, got {sorted(unknown)}")
         self.names = [name for name in known if name in (*ALWAYS, *wanted)]
-        self.study, self.stem = study, study.out / study.name
         suffix = "_quick" if study.quick else ""
+        self.study, self.stem = study, study.out / f"{study.name}{suffix}"
         self.times_file = study.out / f"{study.name}_times{suffix}.json"
         self.steps = self.task.epochs * (len(self.task.train[1]) // self.task.batch)
 

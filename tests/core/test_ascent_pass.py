@@ -167,6 +167,22 @@ def test_an_ascent_apart_in_the_same_precision_changes_nothing(problem, name):
     assert_same(of(ascent_dtype="float64")(*problem), of()(*problem))
 
 
+@pytest.mark.parametrize("aux_from", ["clean", "perturbed"])
+def test_a_descent_of_the_caller_beside_an_ascent_of_a_part(problem, aux_from):
+    """extra_args may bring the gradient function of the descent; loss and aux stay clean."""
+    pull = lambda w: jax.tree.map(lambda leaf: 2 * leaf, w)
+    f = sharp(0.25, aux_from=aux_from, extra_args={"descent_grad_fn": pull})
+    if aux_from == "perturbed":
+        with pytest.raises(ValueError, match='aux_from must be "clean" where extra_args'):
+            f(*problem)
+        return
+    passes, _ = by_hand(*problem, 4)
+    g = ref.gradient(*jax.tree.map(np.asarray, (problem[0], (problem[1][:4], problem[2][:4]))))
+    length = np.sqrt(sum((leaf**2).sum() for leaf in g.values()))
+    want = {name: 2 * (w + RHO * g[name] / length) for name, w in problem[0].items()}
+    assert_same(jax.jit(f)(*problem), (passes["clean"], want))
+
+
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("fraction", [0.5, 0.25, 0.125])
 def test_a_part_costs_a_part(fraction):

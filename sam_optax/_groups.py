@@ -109,8 +109,9 @@ class Groups:
             ]
             (loss, aux, carried), grads = evaluate(*jax.tree.unflatten(treedef, merged))
             averaged, own = _parted(aux, self._averaged(aux))
-            averageable, rest = _parted(carried, jax.tree.map(_is_inexact, carried))
-            return (loss, averaged, averageable, grads), (own, rest)
+            both = carried, grads
+            averageable, rest = _parted(both, jax.tree.map(_is_inexact, both))
+            return (loss, averaged, averageable), (own, rest)
 
         # Abstract evaluation fills the cache of the jitted function: one trace in all.
         first = jax.tree.map(lambda x: x[0] if one_by_one else x[0, 0], (indices, split))
@@ -136,11 +137,13 @@ class Groups:
         zeros = jax.jit(zeros_like, keep_unused=True)(*first)
         total, stacked = jax.lax.scan(body, zeros, (indices, split), unroll=unroll)
         mean = jax.tree.map(lambda t, x: (t / groups).astype(x.dtype), total, like)
-        loss, averaged, averageable, grads = mean
+        loss, averaged, averageable = mean
         own, rest = jax.tree.map(lambda x: x.reshape(groups, *x.shape[len(sizes) :]), stacked)
-        # What is no float among the carried (counts, keys) is alike in all groups.
+        # What is no float among the carried (counts, keys), and the gradient of an integer, is
+        # alike in all groups.
         rest = jax.tree.map(lambda x: x[0], rest)
-        return (loss, _joined(averaged, own), _joined(averageable, rest)), grads
+        carried, grads = _joined(averageable, rest)
+        return (loss, _joined(averaged, own), carried), grads
 
     def part(self, count: Callable[[int], int], args: Any, kwargs: Any) -> tuple[Any, Any]:
         """(args, kwargs) of the first count(number) of the examples of one group."""

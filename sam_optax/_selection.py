@@ -27,8 +27,9 @@ def smallest(arrays: list[jax.Array], k: Any) -> jax.Array:
     patterns = [jax.lax.bitcast_convert_type(x.astype(dtype), kind) for x in arrays]
     top = jnp.finfo(dtype).bits - 2  # below the sign
 
-    def step(i: jax.Array, found: jax.Array) -> jax.Array:
-        candidate = found | (jnp.ones([], kind) << (top - i).astype(kind))
+    def step(i: Any, found: jax.Array) -> jax.Array:
+        # A plain integer where jax.disable_jit writes the loop out.
+        candidate = found | (jnp.ones([], kind) << jnp.asarray(top - i, kind))
         below = sum(jnp.sum(x < candidate) for x in patterns)
         return jnp.where(below <= k, candidate, found)
 

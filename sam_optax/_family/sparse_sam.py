@@ -59,7 +59,8 @@ def largest_entries(
     every = _checks.integer_at_least("every", every, 1)
 
     def init(params: optax.Params) -> LargestEntriesState:
-        mask = jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params)
+        # Like params in their sharding, too.
+        mask = jax.tree.map(lambda w: jnp.ones_like(w, bool), params)
         return LargestEntriesState(jnp.zeros([], jnp.int32), mask)
 
     def update(

@@ -56,7 +56,8 @@ def largest_scores(
             whole = u if unit_leaves else g
             if g.ndim < 2:
                 return whole
-            score = jnp.abs(u - jnp.mean(u)) / (jnp.std(u, ddof=1 if u.size > 1 else 0) + 1e-12)
+            # z-scores but for the standard deviation, which does not change their order.
+            score = jnp.abs(u - jnp.mean(u))
             outstanding = score > _selection.quantile(score, quantile)
             kept = jnp.where(outstanding, u, 0)
             norm = _numerics.safe_norm(kept)

@@ -100,6 +100,7 @@ from sam_optax._family.z_sharp import z_sharp as z_sharp
 from sam_optax._functional import grad as grad
 from sam_optax._functional import value_and_grad as value_and_grad
 from sam_optax._functional import value_and_grad_fn as value_and_grad_fn
+from sam_optax._masks import name_mask as name_mask
 from sam_optax._normalization import elementwise as elementwise
 from sam_optax._normalization import filterwise as filterwise
 from sam_optax._normalization import layerwise as layerwise
@@ -109,7 +110,7 @@ from sam_optax._rules import stateless as stateless
 from sam_optax._sharpness_aware import SharpnessAwareState as SharpnessAwareState
 from sam_optax._sharpness_aware import sharpness_aware as sharpness_aware
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = (
     "BSAMState",
@@ -171,6 +172,7 @@ __all__ = (
     "momentum_sam",
     "multi_step",
     "multi_step_sam",
+    "name_mask",
     "normalization_mask",
     "payments",
     "pays",

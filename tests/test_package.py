@@ -5,7 +5,9 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 
+import jax
 import pytest
 from scripts import EXAMPLES, ROOT, SEVERAL_DEVICES, run_example
 
@@ -52,6 +54,32 @@ def test_the_core_needs_jax_and_optax_alone():
         "assert not {'flax', 'chex', 'equinox', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_import_brings_nothing_but_itself():
+    """Within milliseconds of JAX and Optax: no module of theirs, or of Python, that they lack."""
+    code = (
+        "import sys, jax, optax; before = set(sys.modules); import sam_optax; "
+        "more = {name for name in set(sys.modules) - before if name.split('.')[0] != 'sam_optax'}; "
+        "assert not more, more"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_module_run_says_what_to_try():
+    done = subprocess.run(
+        [sys.executable, "-m", "sam_optax"], capture_output=True, text=True, check=True
+    )
+    assert f"sam_optax {sam_optax.__version__} with jax {jax.__version__}" in done.stdout
+    assert "cpu:0" in done.stdout
+    scripts = re.findall(r"^  python (\S+)", done.stdout, re.M)
+    assert len(scripts) == 3 and all((ROOT / script).exists() for script in scripts)
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    assert urls["Source"] in done.stdout and urls["Documentation"] in done.stdout
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert (
+        f"repo_url: {urls['Source']}\n" in site and f"site_url: {urls['Documentation']}\n" in site
+    )
 
 
 def test_the_family_of_the_readme_is_the_table():

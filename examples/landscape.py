@@ -145,7 +145,7 @@ def figures(loss: Any, paths: dict[str, Any], eigenvalues: Any, data: Any, out: 
         draw.surface(planes[name], ax, limits=(floor, ceiling)).set_title(name, y=0.95)
     figure.savefig(out / "surfaces.png", dpi=150)
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    figure, axes = plt.subplots(2, 1, figsize=(9, 5.4), layout="constrained")  # long and thin
     for ax, name in zip(axes, ("SGD", "SAM"), strict=True):
         points = [jax.tree.map(lambda a, i=i: a[i], paths[name]) for i in range(n)]
         plane = landscape.trajectory_plane(loss, points, data)

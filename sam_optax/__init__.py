@@ -134,6 +134,7 @@ from sam_optax._functional_sam import functional_grad_fn as functional_grad_fn
 from sam_optax._functional_sam import functional_sam as functional_sam
 from sam_optax._joined import in_turn as in_turn
 from sam_optax._joined import sum_of as sum_of
+from sam_optax._masks import name_mask as name_mask
 from sam_optax._normalization import elementwise as elementwise
 from sam_optax._normalization import filterwise as filterwise
 from sam_optax._normalization import layerwise as layerwise
@@ -145,7 +146,7 @@ from sam_optax._sharing import sharing as sharing
 from sam_optax._sharpness_aware import SharpnessAwareState as SharpnessAwareState
 from sam_optax._sharpness_aware import sharpness_aware as sharpness_aware
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = (
     "BSAMState",
@@ -224,6 +225,7 @@ __all__ = (
     "momentum_sam",
     "multi_step",
     "multi_step_sam",
+    "name_mask",
     "normalization_mask",
     "payments",
     "pays",

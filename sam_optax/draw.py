@@ -126,8 +126,9 @@ def contours(
 ) -> Axes:
     """A plane as filled contours, with its solutions or its trajectory on top.
 
-    The form in which distances can be read. Levels are spaced evenly in the
-    logarithm of the loss where it spans more than a factor of ten.
+    The form in which distances can be read: where both axes are distances they
+    have one scale. Levels are spaced evenly in the logarithm of the loss where
+    it spans more than a factor of ten.
 
         L over the coordinates (x, y) of the plane
 
@@ -157,40 +158,21 @@ def contours(
       Li et al., `Visualizing the Loss Landscape of Neural Nets
       <https://arxiv.org/abs/1712.09913>`_, 2018, figure 5.
     """
-    if len(names) > len(plane.points):
-        raise ValueError(
-            f"names must be at most one for each of {len(plane.points)} points, got {list(names)}"
-        )
+    _check_names(plane, names)
     ax = _axes(ax)
     levels = _levels([plane]) if levels is None else np.asarray(levels)
     filled = _filled(plane, ax, levels)
-    if plane.kind == "trajectory":
-        ax.plot(*plane.points.T, color="white", linewidth=3.5)
-        ax.plot(*plane.points.T, color="black", linewidth=1.5, marker=".", markersize=4)
-        ax.plot(*plane.points[-1], "*", color="#E69F00", markersize=14, markeredgecolor="black")
-        ax.set_xlabel(f"first component ({plane.explained[0]:.0%})")
-        ax.set_ylabel(f"second component ({plane.explained[1]:.0%})")
-    else:
-        for i, point in enumerate(plane.points):
-            ax.plot(
-                *point,
-                marker=_MARKERS[i % 4],
-                color=_COLORS[i % 7],
-                linestyle="",
-                markersize=9,
-                markeredgecolor="white",
-            )
-        unit = " (distance)" if plane.kind == "solutions" else ""
-        ax.set_xlabel(f"first direction{unit}")
-        ax.set_ylabel(f"second direction{unit}")
-    _place_names(ax, plane, names)
+    _draw_points(ax, plane)
+    ax.set_xlabel(_direction(plane, 0))
+    ax.set_ylabel(_direction(plane, 1))
     if colorbar:
         _colorbar(ax, filled, [ax])
+    _place_names(ax, plane, names)
     return ax
 
 
-def planes(planes: Mapping[str, Plane], *, levels: Any = None) -> Figure:
-    """Planes of several solutions side by side, with shared axes and levels.
+def planes(planes: Mapping[str, Plane], *, names: Sequence[str] = (), levels: Any = None) -> Figure:
+    """Planes side by side, with shared axes and levels: of several solutions, or data sets.
 
     The fair comparison: equal colours mean equal losses, equal lengths equal
     distances. Draw planes that share key and grid.
@@ -198,14 +180,17 @@ def planes(planes: Mapping[str, Plane], *, levels: Any = None) -> Figure:
         L over (x, y), one panel for each name
 
     Args:
-      planes: from `sam_optax.landscape.random_plane`, by name.
+      planes: from `sam_optax.landscape`, all of one kind, by name.
+      names: of the planes' points, in their order, the same in all panels; the
+        one point of a random plane has the panel's name by default.
       levels: increasing losses at which the contours lie in all panels.
 
     Returns:
       The figure.
 
     Raises:
-      ValueError: if there are no planes.
+      ValueError: if there are no planes, planes of several kinds, or more names
+        than points.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -222,6 +207,11 @@ def planes(planes: Mapping[str, Plane], *, levels: Any = None) -> Figure:
     """
     if not planes:
         raise ValueError(f"planes must hold at least one plane, got {dict(planes)}")
+    kinds = sorted({plane.kind for plane in planes.values()})
+    if len(kinds) > 1:
+        raise ValueError(f"planes must be of one kind to share their axes, got {kinds}")
+    for plane in planes.values():
+        _check_names(plane, names)
     width = 3.0 * len(planes) + 1.2
     figure, row = plt.subplots(
         1, len(planes), figsize=(width, 3.4), sharex=True, sharey=True, squeeze=False,
@@ -231,12 +221,15 @@ def planes(planes: Mapping[str, Plane], *, levels: Any = None) -> Figure:
     filled = None
     for ax, (name, plane) in zip(row[0], planes.items(), strict=True):
         filled = _filled(plane, ax, levels)
-        ax.plot(*plane.points.T, "+", color="white", markersize=10, markeredgewidth=2)
+        _draw_points(ax, plane)
         ax.set_title(name)
-        ax.set_xlabel("first direction")
-        ax.set_box_aspect(1)
-    row[0][0].set_ylabel("second direction")
+        ax.set_xlabel(_direction(plane, 0))
+        if plane.kind == "random":  # coordinates are multiples of the solution
+            ax.set_box_aspect(1)
+    row[0][0].set_ylabel(_direction(next(iter(planes.values())), 1))
     _colorbar(row[0][-1], filled, list(row[0]))
+    for ax, (name, plane) in zip(row[0], planes.items(), strict=True):
+        _place_names(ax, plane, names or ([name] if len(plane.points) == 1 else ()))
     return figure
 
 
@@ -442,34 +435,112 @@ def _filled(plane: Plane, ax: Axes, levels: np.ndarray) -> Any:
     grid = (plane.x, plane.y, np.clip(plane.values, levels[0], levels[-1]))
     filled = ax.contourf(*grid, levels=levels, cmap="viridis", norm=norm)
     ax.contour(*grid, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
+    if plane.kind != "random":  # both axes are distances
+        ax.set_aspect("equal")
     return filled
+
+
+def _direction(plane: Plane, axis: int) -> str:
+    """The label of an axis."""
+    order = ("first", "second")[axis]
+    if plane.kind == "trajectory":
+        return f"{order} component ({plane.explained[axis]:.0%})"
+    return f"{order} direction{' (distance)' if plane.kind == 'solutions' else ''}"
+
+
+def _draw_points(ax: Axes, plane: Plane) -> None:
+    """The solutions, or the path of training with its end."""
+    if plane.kind == "trajectory":
+        ax.plot(*plane.points.T, color="white", linewidth=3.5)
+        ax.plot(*plane.points.T, color="black", linewidth=1.5, marker=".", markersize=4)
+        ax.plot(*plane.points[-1], "*", color="#E69F00", markersize=14, markeredgecolor="black")
+        return
+    for i, point in enumerate(plane.points):
+        ax.plot(
+            *point,
+            marker=_MARKERS[i % 4],
+            color=_COLORS[i % 7],
+            linestyle="",
+            markersize=9,
+            markeredgecolor="white",
+        )
 
 
 def _colorbar(ax: Axes, filled: Any, row: Sequence[Axes]) -> None:
     bar = ax.figure.colorbar(filled, ax=list(row), label="loss")
-    bar.locator = ticker.FixedLocator(list(filled.levels[::2]))
-    digits = 4 if filled.levels[-1] < 10 * filled.levels[0] else 2  # round numbers keep their own
-    bar.formatter = ticker.FuncFormatter(lambda value, _: f"{value:.{digits}g}")
+    shown = filled.levels[::2]
+    bar.locator = ticker.FixedLocator(list(shown))
+    bar.formatter = ticker.FuncFormatter(_one_format(shown))
     bar.minorticks_off()
     bar.update_ticks()
 
 
+def _one_format(values: np.ndarray) -> Any:
+    """One number format for all values: as many decimals as tell each from the next by two digits.
+
+    Powers of ten where that would be many digits before and behind the point.
+    """
+    gaps = np.diff(np.unique(values))
+    finest = float(gaps.min()) if len(gaps) else max(abs(float(values[0])), 1e-300)
+    decimals = max(0, 1 - int(np.floor(np.log10(finest))))
+    while decimals and np.allclose(values, np.round(values, decimals - 1), rtol=0, atol=1e-12):
+        decimals -= 1  # round numbers need fewer
+    largest = float(np.abs(values).max())
+    if decimals > 4 or largest >= 1e5:
+        digits = max(1, int(np.ceil(np.log10(largest / finest))))
+        return lambda value, _: f"{value:.{digits}e}"
+    return lambda value, _: f"{value:.{decimals}f}"
+
+
+def _check_names(plane: Plane, names: Sequence[str]) -> None:
+    if len(names) > len(plane.points):
+        raise ValueError(
+            f"names must be at most one for each of {len(plane.points)} points, got {list(names)}"
+        )
+
+
 def _place_names(ax: Axes, plane: Plane, names: Sequence[str]) -> None:
-    """Names beside their points, on the side away from the other points."""
+    """Names beside their points: inside of the axes, away from each other and from the points."""
+    figure = ax.figure.get_figure(root=True) or ax.figure
+    if not names:
+        return
+    figure.draw_without_rendering()  # settles where the axes lie
     middle = plane.points.mean(0)
+    markers = ax.transData.transform(plane.points)
+    taken: list[Any] = []
     for name, point in zip(names, plane.points, strict=False):
-        right = point[0] >= middle[0]
-        above = point[1] >= middle[1]
-        ax.annotate(
+        away = [1 if point[i] >= middle[i] else -1 for i in range(2)]
+        sides = [(sx * away[0], sy * away[1]) for sx, sy in _SIDES]
+        label = ax.annotate(
             name,
             point,
-            (9 if right else -9, 6 if above else -6),
+            (0, 0),
             textcoords="offset points",
-            ha="left" if right else "right",
-            va="bottom" if above else "top",
             fontweight="bold",
             path_effects=list(_HALO),
         )
+        faults = []
+        for x, y in sides:
+            _put(label, x, y)
+            box = label.get_window_extent().padded(2)
+            inside = all(ax.bbox.contains(*corner) for corner in box.corners())
+            faults.append(
+                4 * (not inside)
+                + 2 * sum(box.overlaps(other) for other in taken)
+                + sum(box.contains(*marker) for marker in markers)
+            )
+        _put(label, *sides[int(np.argmin(faults))])
+        taken.append(label.get_window_extent().padded(2))
+
+
+# To the right or left of a point, or over it; above or below, a line higher or lower, or beside.
+_SIDES = tuple((x, y) for y in (1, -1, 0, 4, -4) for x in (1, -1, 0) if x or y)
+
+
+def _put(label: Any, x: int, y: int) -> None:
+    label.xyann = (9 * x, (6 if x else 10) * y)
+    label.set_ha(("center", "left", "right")[x])
+    label.set_va("center" if not y else "bottom" if y > 0 else "top")
 
 
 __all__ = (

@@ -5,7 +5,9 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 
+import jax
 import pytest
 from scripts import EXAMPLES, ROOT, SEVERAL_DEVICES, run_example
 
@@ -54,16 +56,43 @@ def test_the_core_needs_jax_and_optax_alone():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_family_of_the_readme_is_the_table():
-    """Every method has a row, and the rows of methods with inputs of their own name them."""
-    text = (ROOT / "README.md").read_text()
-    rows = re.findall(r"^\| `(\w+)[`(](.*)$", text[text.index("## The family") :], re.M)
+def test_the_import_brings_nothing_but_itself():
+    """Within milliseconds of JAX and Optax: no module of theirs, or of Python, that they lack."""
+    code = (
+        "import sys, jax, optax; before = set(sys.modules); import sam_optax; "
+        "more = {name for name in set(sys.modules) - before if name.split('.')[0] != 'sam_optax'}; "
+        "assert not more, more"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_module_run_says_what_to_try():
+    done = subprocess.run(
+        [sys.executable, "-m", "sam_optax"], capture_output=True, text=True, check=True
+    )
+    assert f"sam_optax {sam_optax.__version__} with jax {jax.__version__}" in done.stdout
+    assert "cpu:0" in done.stdout
+    scripts = re.findall(r"^  python (\S+)", done.stdout, re.M)
+    assert len(scripts) == 3 and all((ROOT / script).exists() for script in scripts)
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    assert urls["Source"] in done.stdout and urls["Documentation"] in done.stdout
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert (
+        f"repo_url: {urls['Source']}\n" in site and f"site_url: {urls['Documentation']}\n" in site
+    )
+
+
+def test_the_methods_of_the_documentation_are_the_table():
+    """Every method has a row there, and every rule a word, there or in the recipe for one's own."""
+    text = (ROOT / "docs" / "methods.md").read_text()
+    rows = re.findall(r"^\| `(\w+)[`(](.*)$", text, re.M)
     shown = {name for name, _ in rows}
     whole = ("method", "wrapper", "optimizer", "examples")
     named = {name for name, member in sam_optax.FAMILY.items() if member.kind in whole}
     assert named - {"cadenced", "draws"} <= shown, named - shown
     rules = set(sam_optax.FAMILY) - named
-    assert not {name for name in rules if f"`{name}`" not in text}
+    recipe = (ROOT / "docs" / "recipes" / "own_method.md").read_text()
+    assert not {name for name in rules if f"`{name}`" not in text + recipe}
 
 
 @pytest.mark.parametrize("module, name", FUNCTIONS, ids=lambda x: getattr(x, "__name__", x))

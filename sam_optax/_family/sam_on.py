@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import optax
 
+from sam_optax import _masks
+
 
 def normalization_mask(params: optax.Params) -> Any:
     """Marks the parameters of normalization layers in a Flax tree: SAM-ON by a mask.
@@ -39,7 +41,7 @@ def normalization_mask(params: optax.Params) -> Any:
       names of the authors' code.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-    names = [[_name(entry).lower() for entry in path] for path, _ in flat]
+    names = [[name.lower() for name in _masks.names(path)] for path, _ in flat]
     scaled_layers = {tuple(n[: n.index("scale")]) for n in names if "scale" in n}
 
     def is_normalization(path: list[str]) -> bool:
@@ -53,7 +55,3 @@ def normalization_mask(params: optax.Params) -> Any:
             f"{sorted({'/'.join(path) for path in names})[:5]}"
         )
     return jax.tree.unflatten(treedef, mask)
-
-
-def _name(entry: Any) -> str:
-    return str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))

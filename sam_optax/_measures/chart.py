@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from sam_optax import _masks, _normalization, _numerics
+from sam_optax._measures import gauss_newton
 from sam_optax._types import Mask, Normalization
 
 LossFn: TypeAlias = Callable[[Any, Any], Any]
@@ -223,7 +224,9 @@ def loss_and_gradient(
 
 @functools.partial(jax.jit, static_argnames="loss_fn")
 def hessian_product(loss_fn: LossFn, place: Chart, vector: Vector, batch: Any) -> Vector:
-    """T H T vector."""
+    """T H T vector, or T G T vector of a `GaussNewton` loss."""
+    if isinstance(loss_fn, gauss_newton.GaussNewton):
+        return gauss_newton.product(*_parts(loss_fn, place, batch), place.zeros(), vector)
     gradient = jax.grad(lambda u: scalar_loss(loss_fn, place.at(u), batch))
     return jax.jvp(gradient, (place.zeros(),), (vector,))[1]
 
@@ -233,11 +236,15 @@ def curvature(loss_fn: LossFn, place: Chart, vector: Vector, batch: Any) -> jax.
     """vector^T T H T vector, the second derivative of the loss along T vector.
 
     Forward over forward needs about half the products of a Hessian-vector
-    product and none of its stored activations.
+    product and none of its stored activations. Of a `GaussNewton` loss the
+    outputs move on a straight line.
     """
 
     def along(t: jax.Array) -> jax.Array:
         return scalar_loss(loss_fn, place.at([t * part for part in vector]), batch)
+
+    if isinstance(loss_fn, gauss_newton.GaussNewton):
+        along = gauss_newton.along(*_parts(loss_fn, place, batch), place.zeros(), vector)
 
     def slope(t: jax.Array) -> jax.Array:
         return jax.jvp(along, (t,), (jnp.ones_like(t),))[1]
@@ -248,3 +255,11 @@ def curvature(loss_fn: LossFn, place: Chart, vector: Vector, batch: Any) -> jax.
     except (TypeError, NotImplementedError):
         # A custom_vjp in the loss has no forward rule of its own.
         return dot(vector, hessian_product(loss_fn, place, vector, batch))
+
+
+def _parts(loss_fn: gauss_newton.GaussNewton, place: Chart, batch: Any) -> tuple[Any, Any]:
+    """Outputs as a function of u, the loss as a function of outputs."""
+    return (
+        lambda u: loss_fn.model_fn(place.at(u), batch),
+        lambda z: scalar_loss(loss_fn.criterion, z, batch),
+    )

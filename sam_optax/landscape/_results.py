@@ -1,47 +1,14 @@
 """What a landscape is once computed: plain arrays with their grid, saved and loaded."""
 
 import dataclasses
-import json
-import os
-from typing import Any, Self
 
 import numpy as np
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Result:
-    """A frozen record of arrays, numbers and strings that can be saved."""
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes an .npz file, readable by NumPy alone."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        arrays: Any = {name: value for name, value in fields.items() if hasattr(value, "shape")}
-        others = {name: value for name, value in fields.items() if name not in arrays}
-        arrays["header"] = json.dumps({"kind": type(self).__name__, "fields": others})
-        with open(path, "wb") as file:  # np.savez would add a suffix to a bare path
-            np.savez(file, **arrays)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads what `save` wrote.
-
-        Raises:
-          ValueError: if the file holds a result of another kind.
-        """
-        with np.load(path, allow_pickle=False) as file:
-            arrays: dict[str, Any] = {name: file[name] for name in file.files if name != "header"}
-            header = json.loads(str(file["header"]))
-        if header["kind"] != cls.__name__:
-            raise ValueError(f"path must hold a {cls.__name__}, got a {header['kind']} in {path}")
-        others = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in header["fields"].items()
-        }
-        return cls(**arrays, **others)
+from sam_optax._measures.results import Result
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Rays(_Result):
+class Rays(Result):
     """Loss along random directions, from `rays`.
 
     Attributes:
@@ -60,7 +27,7 @@ class Rays(_Result):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Interpolation(_Result):
+class Interpolation(Result):
     """Loss on the line through two solutions, from `interpolate`.
 
     Attributes:
@@ -79,7 +46,7 @@ class Interpolation(_Result):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plane(_Result):
+class Plane(Result):
     """Loss on a plane through weight space.
 
     Attributes:

@@ -3,10 +3,15 @@
 All measures share one call: measure(loss_fn, params, data, *, options), with
 loss_fn(params, batch) the mean loss over a batch, and data one batch or an
 iterable of batches. They are taken in coordinates u with w(u) = w + T u, so a
-normalization operator or a mask works in every one of them. Results are small
+normalization operator or a mask works in every one of them, and so do `weighted`
+data and, for measures of the Hessian, a `gauss_newton` loss. Results are small
 frozen dataclasses. `monitor` logs sharpness while training, for nothing.
 """
 
+from sam_optax._measures.gauss_newton import GaussNewton as GaussNewton
+from sam_optax._measures.gauss_newton import gauss_newton as gauss_newton
+from sam_optax._measures.streams import Weighted as Weighted
+from sam_optax._measures.streams import weighted as weighted
 from sam_optax.sharpness._average_case import AverageCase as AverageCase
 from sam_optax.sharpness._average_case import average_case as average_case
 from sam_optax.sharpness._hessian import Density as Density
@@ -29,12 +34,15 @@ __all__ = (
     "AverageCase",
     "Density",
     "Eigenvalues",
+    "GaussNewton",
     "MSharpness",
     "MonitorState",
     "Summary",
     "Trace",
+    "Weighted",
     "WorstCase",
     "average_case",
+    "gauss_newton",
     "hessian_eigenvalues",
     "hessian_trace",
     "m_sharpness",
@@ -42,5 +50,6 @@ __all__ = (
     "one_step",
     "spectral_density",
     "summary",
+    "weighted",
     "worst_case",
 )

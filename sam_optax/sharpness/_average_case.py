@@ -9,11 +9,12 @@ import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._measures import chart, estimates, streams
+from sam_optax._measures.results import Result
 from sam_optax._types import Mask, Normalization
 
 
 @dataclasses.dataclass(frozen=True)
-class AverageCase:
+class AverageCase(Result):
     """Mean rise of the loss under noise, from `average_case`.
 
     Attributes:

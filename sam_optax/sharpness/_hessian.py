@@ -10,13 +10,16 @@ import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._measures import chart, estimates, streams
+from sam_optax._measures.results import Result
 from sam_optax._types import Mask, Normalization
 from sam_optax.sharpness import _lanczos
 
 
-@dataclasses.dataclass(frozen=True)
-class Eigenvalues:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Eigenvalues(Result):
     """Both ends of the Hessian's spectrum, from `hessian_eigenvalues`.
+
+    Its methods save(path) and load(path) write and read an .npz file.
 
     Attributes:
       top: the largest eigenvalues, in descending order; fewer than asked for
@@ -47,8 +50,8 @@ class Eigenvalues:
         return float(self.top[0] / self.top[4]) if len(self.top) > 4 else float("nan")
 
 
-@dataclasses.dataclass(frozen=True)
-class Trace:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trace(Result):
     """The Hessian's trace by random probes, from `hessian_trace`.
 
     Attributes:
@@ -66,9 +69,11 @@ class Trace:
     seed: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Density:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Density(Result):
     """The Hessian's spectral density, from `spectral_density`; call it to evaluate it.
+
+    Its methods save(path) and load(path) write and read an .npz file.
 
     Attributes:
       nodes: (probes, steps) Ritz values, ascending; a probe that broke down
@@ -121,7 +126,8 @@ def hessian_eigenvalues(
         H x = lambda x,   H = d^2 L / dw^2  (T H T under a normalization)
 
     Args:
-      loss_fn: loss_fn(params, batch) returns the scalar mean loss over a batch.
+      loss_fn: loss_fn(params, batch) returns the scalar mean loss over a batch;
+        of a `gauss_newton` loss, the Gauss-Newton matrix takes the Hessian's place.
       params: w, a tree of real arrays.
       data: one batch or a re-iterable of batches, see `one_step`.
       key: random key, or a seed, of the start vector.
@@ -202,7 +208,8 @@ def hessian_trace(
         tr H = E v^T H v,   v = +-1 with equal odds (T H T under a normalization)
 
     Args:
-      loss_fn: loss_fn(params, batch) returns the scalar mean loss over a batch.
+      loss_fn: loss_fn(params, batch) returns the scalar mean loss over a batch;
+        of a `gauss_newton` loss, the Gauss-Newton matrix takes the Hessian's place.
       params: w, a tree of real arrays.
       data: one batch or a re-iterable of batches, see `one_step`.
       key: random key, or a seed, of the probes.
@@ -269,7 +276,8 @@ def spectral_density(
         density(t) = mean over probes of sum_i weight_i N(t; node_i, sigma^2)
 
     Args:
-      loss_fn: loss_fn(params, batch) returns the scalar mean loss over a batch.
+      loss_fn: loss_fn(params, batch) returns the scalar mean loss over a batch;
+        of a `gauss_newton` loss, the Gauss-Newton matrix takes the Hessian's place.
       params: w, a tree of real arrays.
       data: one batch or a re-iterable of batches, see `one_step`.
       key: random key, or a seed, of the start vectors, +-1 with equal odds.

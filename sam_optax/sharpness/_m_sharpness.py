@@ -1,7 +1,8 @@
 """m-sharpness: the mean over groups of examples of each group's own worst case."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, overload
 
 import jax
 import numpy as np
@@ -9,12 +10,13 @@ import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._measures import chart, estimates, streams
+from sam_optax._measures.results import Result
 from sam_optax._types import Mask, Normalization
 from sam_optax.sharpness import _worst_case as worst
 
 
 @dataclasses.dataclass(frozen=True)
-class MSharpness:
+class MSharpness(Result):
     """Mean over groups of m examples of their own worst case, from `m_sharpness`.
 
     Attributes:
@@ -38,12 +40,50 @@ class MSharpness:
     steps: int
 
 
+@overload
 def m_sharpness(
     loss_fn: chart.LossFn,
     params: optax.Params,
     data: Any,
     *,
     m: int,
+    key: int | jax.Array | None = ...,
+    rho: float = ...,
+    p: float = ...,
+    normalization: Normalization | None = ...,
+    mask: Mask | None = ...,
+    steps: int = ...,
+    step_size: float | None = ...,
+    restarts: int = ...,
+    progress: bool = ...,
+) -> MSharpness: ...
+
+
+@overload
+def m_sharpness(
+    loss_fn: chart.LossFn,
+    params: optax.Params,
+    data: Any,
+    *,
+    m: Sequence[int],
+    key: int | jax.Array | None = ...,
+    rho: float = ...,
+    p: float = ...,
+    normalization: Normalization | None = ...,
+    mask: Mask | None = ...,
+    steps: int = ...,
+    step_size: float | None = ...,
+    restarts: int = ...,
+    progress: bool = ...,
+) -> dict[int, MSharpness]: ...
+
+
+def m_sharpness(
+    loss_fn: chart.LossFn,
+    params: optax.Params,
+    data: Any,
+    *,
+    m: int | Sequence[int],
     key: int | jax.Array | None = None,
     rho: float = 0.05,
     p: float = 2.0,
@@ -53,7 +93,7 @@ def m_sharpness(
     step_size: float | None = None,
     restarts: int = 0,
     progress: bool = False,
-) -> MSharpness:
+) -> MSharpness | dict[int, MSharpness]:
     r"""Worst-case sharpness of groups of m examples, averaged over the data.
 
     What SAM with batches of m looks at, and the variant that follows the test
@@ -67,8 +107,9 @@ def m_sharpness(
       params: w, a tree of arrays.
       data: one batch or a re-iterable of batches, see `one_step`. Groups are
         consecutive in its order and may cross the borders of batches.
-      m: examples in a group, at least 1. Examples at the end that fill no
-        group are left out and counted.
+      m: examples in a group, at least 1, or several such numbers, which share one
+        pass over the data. Examples at the end that fill no group are left out
+        and counted.
       key: random key or a seed, needed if restarts is above 0.
       rho: radius, at least 0.
       p: order of the norm: from 1 to infinity for one step, else 2 or infinity.
@@ -81,7 +122,8 @@ def m_sharpness(
       progress: show a progress bar (needs tqdm).
 
     Returns:
-      An `MSharpness`.
+      An `MSharpness`, or a dictionary of one for each m. Groups of `weighted`
+      data are weighted alike, by what weight gives of the group.
 
     Raises:
       ValueError: if m is below 1 or above the number of examples, or as
@@ -92,10 +134,9 @@ def m_sharpness(
       >>> from sam_optax import sharpness
       >>> loss_fn = lambda w, x: jnp.mean(x @ w)
       >>> w, x = jnp.zeros(2), jnp.array([[3.0, 4.0], [-3.0, -4.0]])
-      >>> for m in (1, 2):  # the two examples pull in opposite directions
-      ...     print(round(sharpness.m_sharpness(loss_fn, w, x, m=m, rho=0.1).value, 4))
-      0.5
-      0.0
+      >>> found = sharpness.m_sharpness(loss_fn, w, x, m=[1, 2], rho=0.1)
+      >>> print({m: round(own.value, 4) for m, own in found.items()})  # two that pull apart
+      {1: 0.5, 2: 0.0}
 
     References:
       Foret et al., `Sharpness-Aware Minimization
@@ -106,7 +147,11 @@ def m_sharpness(
       memory at a time.
     """
     key = None if key is None else _numerics.as_key(key)
-    _checks.integer_at_least("m", m, 1)
+    sizes = list(m) if isinstance(m, Sequence) else [m]
+    if not sizes:
+        raise ValueError(f"m must hold at least one number of examples, got {m!r}")
+    for size in sizes:
+        _checks.integer_at_least("m", size, 1)
     simple = steps == 1 and restarts == 0
     if simple:
         _checks.at_least("rho", rho, 0.0)
@@ -114,22 +159,35 @@ def m_sharpness(
     else:
         worst.check_ascent(rho, p, steps, step_size, restarts, key)
     place = chart.chart(params, normalization, mask)
-    rises, left_out = [], 0
+    data = streams.batches(data)
+    rises: dict[int, list[Any]] = {size: [] for size in sizes}
+    weights: dict[int, list[float]] = {size: [] for size in sizes}
+    left_out = dict.fromkeys(sizes, 0)
     with streams.bar(progress, 0, "m-sharpness") as tick:
-        for i, (group, count) in enumerate(streams.groups(streams.batches(data), m)):
-            if count < m:
-                left_out = count
-            elif simple:
-                rises.append(worst.rise_at_one_step(loss_fn, place, [group], rho, p)[0])
+        for size, index, group, count in streams.groups(data, sizes):
+            if count < size:
+                left_out[size] = count
+                continue
+            weight = streams.weight_of(data, group)
+            if not weight:  # nothing but padding
+                continue
+            if simple:
+                rise = worst.rise_at_one_step(loss_fn, place, [group], rho, p)[0]
             else:
-                own = None if key is None else jax.random.fold_in(key, i)
-                rises.append(
-                    worst.best_of_ascents(
-                        loss_fn, place, [group], rho, p, steps, step_size, restarts, own, tick
-                    )[0]
-                )
+                own = None if key is None else jax.random.fold_in(key, index)
+                rise = worst.best_of_ascents(
+                    loss_fn, place, [group], rho, p, steps, step_size, restarts, own, tick
+                )[0]
+            rises[size].append(rise)
+            weights[size].append(weight)
             tick()
-    if not rises:
-        raise ValueError(f"m must be at most the number of examples, {left_out}, got {m}")
-    value, error = estimates.mean_and_error(np.asarray(jax.device_get(rises), np.float64))
-    return MSharpness(value, error, m, len(rises), left_out, rho, p, steps)
+    found = {}
+    for size in sizes:
+        if not rises[size]:
+            raise ValueError(
+                f"m must be at most the number of examples, {left_out[size]}, got {size}"
+            )
+        values = np.asarray(jax.device_get(rises[size]), np.float64)
+        value, error = estimates.mean_and_error(values, np.asarray(weights[size]))
+        found[size] = MSharpness(value, error, size, len(values), left_out[size], rho, p, steps)
+    return found if isinstance(m, Sequence) else found[m]

@@ -124,3 +124,50 @@ def test_without_matplotlib_the_error_says_what_to_install():
     code = "import sys; sys.modules['matplotlib'] = None; import sam_optax.draw"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "sam_optax.draw needs matplotlib: pip install" in done.stderr
+
+
+def inside(label, ax):
+    box = label.get_window_extent(ax.figure.canvas.get_renderer())
+    return all(ax.bbox.contains(*corner) for corner in box.corners())
+
+
+@pytest.mark.parametrize(
+    "points", [[(2.0, 1.0), (2.0, 0.8), (1.9, -1.0)], [(-1.0, -1.0), (-0.9, -1.0), (2.0, 1.0)]]
+)
+def test_names_of_solutions_at_the_edges_stay_inside_and_apart(points):
+    result = plane(kind="solutions", points=points)
+    names = ["SGD with momentum", "SAM", "ASAM"]
+    figure = draw.planes({"train": result, "test": result}, names=names)
+    figure.canvas.draw()
+    for ax in figure.axes[:2]:
+        assert [text.get_text() for text in ax.texts] == names
+        assert all(inside(text, ax) for text in ax.texts)
+        assert not overlapping(ax.texts, figure.canvas.get_renderer())
+        assert ax.get_aspect() == 1 and "distance" in ax.get_xlabel()
+    with pytest.raises(ValueError, match=r"at most one for each of 3 points"):
+        draw.planes({"train": result}, names=["a", "b", "c", "d"])
+
+
+def test_planes_name_the_solution_of_a_random_plane_and_refuse_mixed_kinds():
+    figure = draw.planes({"SGD": plane(), "SAM": plane()})
+    assert [[text.get_text() for text in ax.texts] for ax in figure.axes[:2]] == [["SGD"], ["SAM"]]
+    assert figure.axes[0].get_aspect() == "auto"
+    with pytest.raises(ValueError, match=r"one kind to share their axes, got \['random', 'sol"):
+        draw.planes({"SGD": plane(), "all": plane(kind="solutions")})
+
+
+@pytest.mark.parametrize("scale", [1e-6, 0.01, 1.0, 3.0, 1e3, 1e7])
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_a_colorbar_has_one_number_format(scale, logarithmic):
+    result = plane(scale)
+    if not logarithmic:
+        result.values[:] = scale * (1.3 + 0.05 * result.values / result.values.max())
+    ax = draw.contours(result)
+    ax.figure.canvas.draw()
+    labels = [text.get_text() for text in ax.figure.axes[1].get_yticklabels()]
+    assert len(set(labels)) == len(labels) > 3
+    assert (
+        len({("e" in label, len(label.split("e")[0].partition(".")[2])) for label in labels}) == 1
+    )
+    values = ax.figure.axes[1].get_yticks()
+    np.testing.assert_allclose([float(label) for label in labels], values, rtol=0.07)

@@ -19,7 +19,7 @@ MEASURES = {
     name: getattr(module, name)
     for module in (sharpness, landscape)
     for name in module.__all__
-    if "data" in inspect.signature(getattr(module, name)).parameters
+    if {"loss_fn", "data"} <= inspect.signature(getattr(module, name)).parameters.keys()
 }
 OPTIONS = {"key": KEY, "m": 4, "distances": [0.0, 1.0], "positions": [0, 1], "x": [0], "y": [1]}
 

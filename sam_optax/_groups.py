@@ -94,9 +94,17 @@ class Groups:
         groups = _number_of_groups(self.microbatch_size, batch)
         together = _number_together(self.vectorize, groups)
         one_by_one = together == 1
-        sizes = (groups,) if one_by_one else (groups // together, together)
-        split = [_split(x, *sizes, self.microbatch_size) for x in batch]
-        indices = jnp.arange(groups).reshape(sizes)
+
+        @jax.jit  # outside of jit the batch alone knows its mesh
+        def parts_of(batch: list[Any]) -> Any:
+            spread = _spread_over(batch)
+            indices, *split = [
+                _split(x, groups, together, spread) for x in (jnp.arange(groups), *batch)
+            ]
+            parts = jnp.squeeze(indices, 2), split
+            return jax.tree.map(lambda x: jnp.squeeze(x, 1), parts) if one_by_one else parts
+
+        indices, split = parts_of(batch)
 
         @jax.jit
         def of_group(index: jax.Array, group: list[jax.Array]) -> Any:
@@ -111,7 +119,7 @@ class Groups:
             return (loss, averaged, averageable, grads), (own, rest)
 
         # Abstract evaluation fills the cache of the jitted function: one trace in all.
-        first = jax.tree.map(lambda x: x[0] if one_by_one else x[0, 0], (indices, split))
+        first = jax.tree.map(lambda x: _entry(x, 1 if one_by_one else 2), (indices, split))
         like, _ = jax.eval_shape(of_group, *first)
         unroll = self.unroll
         if unroll is None:
@@ -131,13 +139,13 @@ class Groups:
 
         # The arguments bring the mesh along where none is in context.
         zeros_like = lambda *_: jax.tree.map(_wide_zeros, like)
-        zeros = jax.jit(zeros_like, keep_unused=True)(*first)
+        zeros = jax.jit(zeros_like, keep_unused=True)(indices, split)
         total, stacked = jax.lax.scan(body, zeros, (indices, split), unroll=unroll)
         mean = jax.tree.map(lambda t, x: (t / groups).astype(x.dtype), total, like)
         loss, averaged, averageable, grads = mean
-        own, rest = jax.tree.map(lambda x: x.reshape(groups, *x.shape[len(sizes) :]), stacked)
+        own, rest = stacked if one_by_one else jax.tree.map(_in_order, stacked)
         # What is no float among the carried (counts, keys) is alike in all groups.
-        rest = jax.tree.map(lambda x: x[0], rest)
+        rest = jax.tree.map(_first, rest)
         return (loss, _joined(averaged, own), _joined(averageable, rest)), grads
 
     def of_device(self, carried: Any) -> Any:
@@ -224,25 +232,75 @@ def _joined(some: Any, others: Any) -> Any:
     )
 
 
-def _split(x: Any, *sizes: int) -> jax.Array:
-    """The first axis cut into axes of these sizes, the last of which stays spread over devices."""
-    x = jnp.asarray(x)
+def _spread_over(batch: list[Any]) -> tuple[Any, tuple[str, ...]]:
+    """The mesh, and those axes of it that examples are spread over as far as types tell.
+
+    They do on explicit axes, and only there the sharding of what is made of them is asked for.
+    """
+    for x in batch:
+        sharding = jax.typeof(x).sharding
+        first = sharding.spec[0] if sharding.spec else None
+        if first is not None:
+            return sharding.mesh, (first,) if isinstance(first, str) else tuple(first)
+    return None, ()
+
+
+def _split(x: Any, groups: int, together: int, spread: tuple[Any, tuple[str, ...]]) -> jax.Array:
+    """Groups of consecutive examples as (turns, those evaluated together, examples).
+
+    Together are groups from all over the batch: turn t has the t-th of each of as many equal
+    parts. A batch on several devices is cut where it lies, as long as each has a group.
+    """
+    x, (mesh, names) = jnp.asarray(x), spread
+    sizes = (together, groups // together, len(x) // groups)
     shape = (*sizes, *x.shape[1:])
-    # Only a mesh of explicit axes tells the sharding here, and only there it is asked for.
-    first, *rest = (*jax.typeof(x).sharding.spec, None)[: x.ndim]
-    if first is None:
-        return jnp.reshape(x, shape)
-    mesh = jax.typeof(x).sharding.mesh
-    shards = math.prod(mesh.shape[name] for name in ([first] if isinstance(first, str) else first))
-    spread = first if sizes[-1] % shards == 0 else None
-    spec = PartitionSpec(*[None] * (len(sizes) - 1), spread, *rest)
+    if not names:
+        return jnp.swapaxes(jnp.reshape(x, shape), 0, 1)
+    # The groups are spread over as many axes as divide them, examples of a group over the rest.
+    over = lambda names: math.prod(mesh.shape[name] for name in names)
+    own = next(n for n in range(len(names), -1, -1) if together % over(names[:n]) == 0)
+    shared = names[own:] if sizes[-1] % over(names[own:]) == 0 else ()
     # With its mesh: outside of jit there may be no mesh in context.
-    return jax.lax.reshape(x, shape, out_sharding=NamedSharding(mesh, spec))
+    place = lambda *spec: NamedSharding(mesh, PartitionSpec(*(names or None for names in spec)))
+    rest = jax.typeof(x).sharding.spec[1:]
+    x = jax.sharding.reshard(x, place(names if len(x) % over(names) == 0 else (), *rest))
+    x = jax.lax.reshape(x, shape, out_sharding=place(names[:own], (), shared, *rest))
+    return jnp.swapaxes(x, 0, 1)
+
+
+def _entry(x: jax.Array, axes: int) -> jax.ShapeDtypeStruct:
+    """What an array holds at a place of its first axes."""
+    sharding = jax.typeof(x).sharding
+    spec = PartitionSpec(*sharding.spec[axes:])
+    own = None if sharding.mesh.empty else NamedSharding(sharding.mesh, spec)
+    return jax.ShapeDtypeStruct(x.shape[axes:], x.dtype, sharding=own)
+
+
+def _in_order(x: jax.Array) -> jax.Array:
+    """Results of groups, stacked as `_split` stacks groups, on one axis in the order of these."""
+    x = jnp.swapaxes(x, 0, 1)
+    shape = (x.shape[0] * x.shape[1], *x.shape[2:])
+    spec = jax.typeof(x).sharding.spec
+    if not any(spec):
+        return jnp.reshape(x, shape)
+    spec = PartitionSpec(spec[0], *spec[2:])
+    return jax.lax.reshape(x, shape, out_sharding=NamedSharding(jax.typeof(x).sharding.mesh, spec))
+
+
+def _first(x: jax.Array) -> jax.Array:
+    """The first entry, which cannot be cut out of an axis that is spread over devices by type."""
+    sharding = jax.typeof(x).sharding
+    if any(sharding.spec[:1]):
+        spec = PartitionSpec(None, *sharding.spec[1:])
+        x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
+    return x[0]
 
 
 def _sum_over_first_axis(x: jax.Array) -> jax.Array:
     """As a product, because XLA sums over a leading axis some fifty times slower on a CPU."""
     wide = _numerics.widened(x)
+    if any(jax.typeof(x).sharding.spec[:1]):
+        return jnp.sum(wide, axis=0)
     ones = jnp.ones(len(x), wide.dtype)
     return jnp.tensordot(ones, wide, 1, precision=jax.lax.Precision.HIGHEST)
 

@@ -229,6 +229,47 @@ def test_micro_batches_of_a_device_stay_there(problem, kind, options):
     assert_same(jax.device_get(((loss, statistic), grads)), expected)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("size, together", [(4, True), (2, 8), (1, 16)], ids=str)
+@pytest.mark.usefixtures("optimised")
+def test_groups_evaluated_together_stay_on_their_devices(problem, kind, size, together):
+    """Without mesh=: of a batch that jit shards nothing moves, whatever groups take turns."""
+    mesh, _, _, (params, x, key) = placed("data parallel", kind, problem)
+    volume = sum(w.size for w in jax.tree.leaves(params))
+    options = {"microbatch_size": size, "vectorize": together, "average_aux": (True, False)}
+    step = jax.jit(sam_optax.value_and_grad(loss_fn, METHOD, has_aux=True, **options))
+    compiled = step.lower(params, x, key).compile()
+    assert moved(compiled, "all-reduce") == volume + 1 + 8  # the loss and the statistic
+    for other in ("all-gather", "all-to-all", "collective-permute"):
+        assert moved(compiled, other) == 0
+    (loss, (statistic, logits)), grads = compiled(params, x, key)
+    expected, outs = loop_over_groups(problem, folded(problem[-1], 32 // size))
+    assert_same(jax.device_get(((loss, statistic), grads)), expected)
+    assert_same(jax.device_get(logits), np.stack(outs))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("names", ["replica", ("replica", "data")], ids=str)
+def test_fewer_groups_together_than_devices(problem, kind, names):
+    """The examples of a group are on several devices; one of the arguments is on all."""
+    mesh, _, _, (params, x, key) = placed("two axes", kind, problem)
+    x = jax.device_put(x, NamedSharding(mesh, P(names)))
+    rows = jax.device_put(np.arange(32.0), NamedSharding(mesh, P()))
+
+    def loss(params, rows, x, key):
+        value, (statistic, out) = loss_fn(params, x, key)
+        return value, (statistic, (rows, out))
+
+    options = {"microbatch_size": 4, "vectorize": 4, "average_aux": (True, False)}
+    f = sam_optax.value_and_grad(loss, METHOD, has_aux=True, **options)
+    expected, outs = loop_over_groups(problem, folded(problem[-1], 8))
+    for step in (jax.jit(f), f):
+        (loss, (statistic, (rows_of, logits))), grads = step(params, rows, x, key)
+        assert_same(jax.device_get(((loss, statistic), grads)), expected)
+        assert_same(jax.device_get(logits), np.stack(outs))
+        np.testing.assert_array_equal(jax.device_get(rows_of), np.arange(32.0).reshape(8, 4))
+
+
 def hsdp_loss(params, x):
     return jnp.mean((jnp.tanh(x @ params["in"]) @ params["out"]) ** 2)
 
@@ -397,6 +438,23 @@ def test_nnx_with_batch_norm_and_dropout(problem, kind):
     for shard in data.addressable_shards:
         np.testing.assert_array_equal(shard.data, jax.random.key_data(before.dropout.rngs.key[...]))
     step(model, own_x)  # what came back goes in again
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_nnx_with_groups_evaluated_together(problem, kind):
+    """Counts, alike in all groups, are spread with these over explicit axes."""
+    options = {"microbatch_size": 2, "vectorize": 8, "has_aux": True, "average_aux": False}
+    f = sam_optax.nnx.value_and_grad(nnx_loss, METHOD, **options)
+    plain, own = Module(nnx.Rngs(0)), Module(nnx.Rngs(0))
+    expected = nnx.jit(lambda model, x: f(model, x))(plain, problem[1])
+    mesh = make_mesh({"data": 8}, kind)
+    nnx.update(own, jax.device_put(nnx.state(own), NamedSharding(mesh, P())))
+    x = jax.device_put(problem[1], NamedSharding(mesh, P("data")))
+    out = nnx.jit(lambda model, x: f(model, x))(own, x)
+    assert_same(jax.device_get(jax.tree.leaves(out)), jax.tree.leaves(expected))
+    stats = [jax.tree.leaves(nnx.state(m, nnx.BatchStat)) for m in (own, plain)]
+    assert_same(*jax.device_get(stats))
+    assert own.dropout.rngs.count[...] == plain.dropout.rngs.count[...] > 0
 
 
 def test_nnx_second_door_and_metrics(problem):

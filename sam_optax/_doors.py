@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 import jax
 import optax
 
-from sam_optax import _axes, _checks, _mesh, _numerics
+from sam_optax import _axes, _checks, _gathers, _mesh, _numerics
 from sam_optax._groups import Groups, Result
 
 Loss: TypeAlias = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
@@ -83,6 +83,8 @@ def value_and_grad(
             )
         _checks.ascends("transform", transform)
         evaluate = _pass(loss, carried, args, kwargs, allow_int=allow_int, traced=params)
+        if _axes.are_mapped(groups.axis_name):
+            _gathers.refuse(evaluate, params)
         clean, grads = evaluate(params)
         given = extra_args(params, carried, args, kwargs) if callable(extra_args) else extra_args
         given = dict(given or {})
@@ -158,7 +160,12 @@ def value_and_grad_fn(
         return means(out), grads, lambda params: everywhere(params)[1]
 
     def over_microbatches(params: Any, *parts: Any) -> Result:
-        at = lambda *parts: _pass(loss, *parts, allow_int=allow_int)(params)
+        def at(*parts: Any) -> Result:
+            evaluate = _pass(loss, *parts, allow_int=allow_int)
+            if _axes.are_mapped(groups.axis_name):
+                _gathers.refuse(evaluate, params)
+            return evaluate(params)
+
         return groups.over_microbatches(at, *parts)
 
     def means(out: Any) -> Any:

@@ -229,7 +229,11 @@ def test_micro_batches_of_a_device_stay_there(problem, kind, options):
     assert_same(jax.device_get(((loss, statistic), grads)), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+# JAX 0.9 draws from no keys that are spread over explicit axes.
+DRAWS = KINDS[: 1 if jax.__version_info__ < (0, 10) else None]
+
+
+@pytest.mark.parametrize("kind", DRAWS, ids=str)
 @pytest.mark.parametrize("size, together", [(4, True), (2, 8), (1, 16)], ids=str)
 @pytest.mark.usefixtures("optimised")
 def test_groups_evaluated_together_stay_on_their_devices(problem, kind, size, together):
@@ -248,7 +252,7 @@ def test_groups_evaluated_together_stay_on_their_devices(problem, kind, size, to
     assert_same(jax.device_get(logits), np.stack(outs))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", DRAWS, ids=str)
 @pytest.mark.parametrize("names", ["replica", ("replica", "data")], ids=str)
 def test_fewer_groups_together_than_devices(problem, kind, names):
     """The examples of a group are on several devices; one of the arguments is on all."""

@@ -73,7 +73,7 @@ def loss_fn(params: list[jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def value_and_grad(method: str, layout: str, mesh: Mesh):
-    """The gradient of the method. Where groups need more of the parameters, it is gathered first."""
+    """The gradient of the method; what groups need more of the parameters is gathered first."""
     sam = sam_optax.sam(RHO)
     sharp = functools.partial(sam_optax.value_and_grad, loss_fn, mesh=mesh)
     if method == "SGD":
@@ -293,9 +293,8 @@ def circumstances(record: dict[str, Any]) -> str:
 
 def blocks(results: dict[str, Any]) -> dict[str, str]:
     """Name -> text of the parts of a page that come from the results."""
-    parts = {
-        "volumes": f"{volume_table(results['volumes']['rows'])}\n\n{circumstances(results['volumes'])}"
-    }
+    counted = results["volumes"]
+    parts = {"volumes": f"{volume_table(counted['rows'])}\n\n{circumstances(counted)}"}
     if "times" in results:
         parts["times"] = (
             f"{time_table(results['times']['rows'])}\n\n{circumstances(results['times'])}"

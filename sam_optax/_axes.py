@@ -127,7 +127,7 @@ def names_of(axis_name: Any) -> tuple[Any, ...]:
 
 
 def are_mapped(axis_name: AxisName | None) -> bool:
-    """Whether this may run on devices that differ: in a map whose axes are named, or a shard_map."""
+    """Whether devices may differ here: in a map whose axis is named, or in a shard_map."""
     return axis_name is not None or bool(_manual_axes())
 
 

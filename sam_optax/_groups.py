@@ -6,16 +6,14 @@ contiguous, so that micro-batches and devices give the same numbers.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from sam_optax import _axes, _checks, _mesh, _numerics
+from sam_optax import _axes, _checks, _cuts, _mesh
 
 # ((loss, aux, carried), grads): carried is the state of objects among the arguments, which is
 # never split, whose floats are averaged over groups and whose keys are folded with their index.
@@ -97,9 +95,9 @@ class Groups:
 
         @jax.jit  # outside of jit the batch alone knows its mesh
         def parts_of(batch: list[Any]) -> Any:
-            spread = _spread_over(batch)
+            spread = _cuts.spread_over(batch)
             indices, *split = [
-                _split(x, groups, together, spread) for x in (jnp.arange(groups), *batch)
+                _cuts.split(x, groups, together, spread) for x in (jnp.arange(groups), *batch)
             ]
             parts = jnp.squeeze(indices, 2), split
             return jax.tree.map(lambda x: jnp.squeeze(x, 1), parts) if one_by_one else parts
@@ -119,7 +117,7 @@ class Groups:
             return (loss, averaged, averageable, grads), (own, rest)
 
         # Abstract evaluation fills the cache of the jitted function: one trace in all.
-        first = jax.tree.map(lambda x: _entry(x, 1 if one_by_one else 2), (indices, split))
+        first = jax.tree.map(lambda x: _cuts.entry(x, 1 if one_by_one else 2), (indices, split))
         like, _ = jax.eval_shape(of_group, *first)
         unroll = self.unroll
         if unroll is None:
@@ -134,18 +132,18 @@ class Groups:
                 averaged, stacked = of_group(*part)
             else:
                 averaged, stacked = jax.vmap(of_group)(*part)
-                averaged = jax.tree.map(_sum_over_first_axis, averaged)
+                averaged = jax.tree.map(_cuts.sum_over_first_axis, averaged)
             return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, averaged), stacked
 
         # The arguments bring the mesh along where none is in context.
-        zeros_like = lambda *_: jax.tree.map(_wide_zeros, like)
+        zeros_like = lambda *_: jax.tree.map(_cuts.wide_zeros, like)
         zeros = jax.jit(zeros_like, keep_unused=True)(indices, split)
         total, stacked = jax.lax.scan(body, zeros, (indices, split), unroll=unroll)
         mean = jax.tree.map(lambda t, x: (t / groups).astype(x.dtype), total, like)
         loss, averaged, averageable, grads = mean
-        own, rest = stacked if one_by_one else jax.tree.map(_in_order, stacked)
+        own, rest = stacked if one_by_one else jax.tree.map(_cuts.in_order, stacked)
         # What is no float among the carried (counts, keys) is alike in all groups.
-        rest = jax.tree.map(_first, rest)
+        rest = jax.tree.map(_cuts.first, rest)
         return (loss, _joined(averaged, own), _joined(averageable, rest)), grads
 
     def of_device(self, carried: Any) -> Any:
@@ -203,13 +201,6 @@ class Groups:
         return [b and not is_key(x) and np.ndim(x) > 0 for b, x in zip(named, leaves, strict=True)]
 
 
-def _wide_zeros(x: Any) -> jax.Array:
-    zeros = _numerics.widened(jnp.zeros_like(x))
-    # Gradients of parameters sharded over explicit axes are so by type.
-    sharded = isinstance(x.sharding, NamedSharding) and any(x.sharding.spec)
-    return jax.sharding.reshard(zeros, x.sharding) if sharded else zeros
-
-
 def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic)
 
@@ -230,79 +221,6 @@ def _joined(some: Any, others: Any) -> Any:
     return jax.tree.map(
         lambda a, b: b if a is None else a, some, others, is_leaf=lambda x: x is None
     )
-
-
-def _spread_over(batch: list[Any]) -> tuple[Any, tuple[str, ...]]:
-    """The mesh, and those axes of it that examples are spread over as far as types tell.
-
-    They do on explicit axes, and only there the sharding of what is made of them is asked for.
-    """
-    for x in batch:
-        sharding = jax.typeof(x).sharding
-        first = sharding.spec[0] if sharding.spec else None
-        if first is not None:
-            return sharding.mesh, (first,) if isinstance(first, str) else tuple(first)
-    return None, ()
-
-
-def _split(x: Any, groups: int, together: int, spread: tuple[Any, tuple[str, ...]]) -> jax.Array:
-    """Groups of consecutive examples as (turns, those evaluated together, examples).
-
-    Together are groups from all over the batch: turn t has the t-th of each of as many equal
-    parts. A batch on several devices is cut where it lies, as long as each has a group.
-    """
-    x, (mesh, names) = jnp.asarray(x), spread
-    sizes = (together, groups // together, len(x) // groups)
-    shape = (*sizes, *x.shape[1:])
-    if not names:
-        return jnp.swapaxes(jnp.reshape(x, shape), 0, 1)
-    # The groups are spread over as many axes as divide them, examples of a group over the rest.
-    over = lambda names: math.prod(mesh.shape[name] for name in names)
-    own = next(n for n in range(len(names), -1, -1) if together % over(names[:n]) == 0)
-    shared = names[own:] if sizes[-1] % over(names[own:]) == 0 else ()
-    # With its mesh: outside of jit there may be no mesh in context.
-    place = lambda *spec: NamedSharding(mesh, PartitionSpec(*(names or None for names in spec)))
-    rest = jax.typeof(x).sharding.spec[1:]
-    x = jax.sharding.reshard(x, place(names if len(x) % over(names) == 0 else (), *rest))
-    x = jax.lax.reshape(x, shape, out_sharding=place(names[:own], (), shared, *rest))
-    return jnp.swapaxes(x, 0, 1)
-
-
-def _entry(x: jax.Array, axes: int) -> jax.ShapeDtypeStruct:
-    """What an array holds at a place of its first axes."""
-    sharding = jax.typeof(x).sharding
-    spec = PartitionSpec(*sharding.spec[axes:])
-    own = None if sharding.mesh.empty else NamedSharding(sharding.mesh, spec)
-    return jax.ShapeDtypeStruct(x.shape[axes:], x.dtype, sharding=own)
-
-
-def _in_order(x: jax.Array) -> jax.Array:
-    """Results of groups, stacked as `_split` stacks groups, on one axis in the order of these."""
-    x = jnp.swapaxes(x, 0, 1)
-    shape = (x.shape[0] * x.shape[1], *x.shape[2:])
-    spec = jax.typeof(x).sharding.spec
-    if not any(spec):
-        return jnp.reshape(x, shape)
-    spec = PartitionSpec(spec[0], *spec[2:])
-    return jax.lax.reshape(x, shape, out_sharding=NamedSharding(jax.typeof(x).sharding.mesh, spec))
-
-
-def _first(x: jax.Array) -> jax.Array:
-    """The first entry, which cannot be cut out of an axis that is spread over devices by type."""
-    sharding = jax.typeof(x).sharding
-    if any(sharding.spec[:1]):
-        spec = PartitionSpec(None, *sharding.spec[1:])
-        x = jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
-    return x[0]
-
-
-def _sum_over_first_axis(x: jax.Array) -> jax.Array:
-    """As a product, because XLA sums over a leading axis some fifty times slower on a CPU."""
-    wide = _numerics.widened(x)
-    if any(jax.typeof(x).sharding.spec[:1]):
-        return jnp.sum(wide, axis=0)
-    ones = jnp.ones(len(x), wide.dtype)
-    return jnp.tensordot(ones, wide, 1, precision=jax.lax.Precision.HIGHEST)
 
 
 def _after(done: Any, part: Any) -> Any:

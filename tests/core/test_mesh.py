@@ -238,7 +238,7 @@ DRAWS = KINDS[: 1 if jax.__version_info__ < (0, 10) else None]
 @pytest.mark.usefixtures("optimised")
 def test_groups_evaluated_together_stay_on_their_devices(problem, kind, size, together):
     """Without mesh=: of a batch that jit shards nothing moves, whatever groups take turns."""
-    mesh, _, _, (params, x, key) = placed("data parallel", kind, problem)
+    *_, (params, x, key) = placed("data parallel", kind, problem)
     volume = sum(w.size for w in jax.tree.leaves(params))
     options = {"microbatch_size": size, "vectorize": together, "average_aux": (True, False)}
     step = jax.jit(sam_optax.value_and_grad(loss_fn, METHOD, has_aux=True, **options))
@@ -379,6 +379,118 @@ def test_parameters_sharded_over_the_axis_of_groups(problem, kind, jit):
     message = r"params must be whole.*another axis.*out_shardings.*over 'model' at \['bias'\]"
     with pytest.raises(ValueError, match=message):
         f(*own)
+
+
+# Losses that gather.
+
+
+def whole(w):
+    return jax.lax.all_gather(w, "data", axis=w.ndim - 2, tiled=True)
+
+
+@jax.custom_vjp
+def gathered_by_hand(w):
+    return whole(w)
+
+
+def scattered(_, g):
+    return (jax.lax.psum_scatter(g, "data", scatter_dimension=g.ndim - 2, tiled=True),)
+
+
+gathered_by_hand.defvjp(lambda w: (whole(w), None), scattered)
+
+
+def layers(gather, w, x):
+    for v in w:
+        x = jnp.tanh(x @ gather(v))
+    return jnp.mean(x**2)
+
+
+def scanned(w, x):
+    block = jax.checkpoint(lambda x, v: (jnp.tanh(x @ whole(v)), None))
+    return jnp.mean(jax.lax.scan(block, x, w)[0] ** 2)
+
+
+def in_half_precision(w, x):
+    half, x = jax.jit(lambda w, x: (w.astype(jnp.float16), x))(w, x)
+    return layers(whole, half.astype(float), x)
+
+
+GATHER = {
+    "layers": functools.partial(layers, whole),
+    "scan": scanned,
+    "custom_vjp": functools.partial(layers, gathered_by_hand),
+    "cast": in_half_precision,
+    "cond": lambda w, x: jax.lax.cond(
+        jnp.sum(x) > 0, functools.partial(layers, whole), lambda w, x: jnp.sum(w), w, x
+    ),
+}
+
+
+def contrast(w, x):
+    """Of examples with those of all devices."""
+    z = jnp.tanh(x @ w[0, 0])
+    return jnp.mean((z - jnp.mean(jax.lax.all_gather(z, "data", tiled=True))) ** 2)
+
+
+def carried(w, x):
+    """Starts from a parameter, and is made of activations from the second turn on."""
+
+    def turn(h, row):
+        return h + row, jax.lax.all_gather(h * row, "data")
+
+    return jnp.mean(jax.lax.scan(turn, w[0, 0], x)[1] ** 2)
+
+
+def traced(loss, door, axis_name):
+    """On devices that each hold a part of w."""
+    mesh = make_mesh({"data": 8}, AxisType.Auto)
+
+    def gradient(w, x):
+        if door == "first":
+            return sam_optax.grad(loss, METHOD, axis_name=axis_name)(w, x)
+        size = 1 if door == "micro-batches" else None
+        f = sam_optax.value_and_grad_fn(loss, axis_name=axis_name, microbatch_size=size)
+        return f(w, x)[1]
+
+    part = P(None, "data")
+    mapped = jax.shard_map(
+        gradient, mesh=mesh, in_specs=(part, P("data")), out_specs=part, check_vma=False
+    )
+    return jax.eval_shape(mapped, jnp.ones((4, 16, 16)), jnp.ones((16, 16)))
+
+
+@pytest.mark.parametrize("loss", GATHER)
+@pytest.mark.parametrize("door", ["first", "second", "micro-batches"])
+def test_a_loss_that_gathers_its_parameters_is_refused(loss, door):
+    """Also without axis_name: the perturbation would have the norm of a shard."""
+    for axis_name in ("data", None):
+        message = r"must not gather parameters.*another axis.*all_gather of params over 'data'"
+        with pytest.raises(ValueError, match=message):
+            traced(GATHER[loss], door, axis_name)
+
+
+@pytest.mark.parametrize("loss", [contrast, carried])
+@pytest.mark.parametrize("door", ["first", "second", "micro-batches"])
+def test_a_loss_may_gather_activations(loss, door):
+    assert traced(loss, door, "data").shape == (4, 16, 16)
+
+
+def test_gathered_activations_are_differentiated_rightly(problem):
+    """Each device's own gradient holds what its examples do to the losses of the others."""
+    w, x = problem[0]["in"][None, None], problem[1]
+
+    def loss(w, x):
+        z = jnp.tanh(x @ w[0, 0])
+        return jnp.mean((z - jnp.mean(jax.lax.all_gather(z, "data", tiled=True))) ** 2)
+
+    def alone(w, x):
+        z = jnp.tanh(x @ w[0, 0])
+        return jnp.mean((z - jnp.mean(z)) ** 2)
+
+    mesh = make_mesh({"data": 8}, AxisType.Auto)
+    f = sam_optax.grad(loss, optax.identity(), axis_name="data", mesh=mesh)
+    assert_same(jax.device_get(jax.jit(f)(w, x)), jax.grad(alone)(w, x))
 
 
 # Modules.

@@ -13,9 +13,9 @@ A perturbation is an Optax update, and a method is a composition: a cadence of
     _sharpness_aware                         the one generic method over them
     _family/, _composition                   one file a paper: its rules and its alias; what a
                                              method is made of
-    _mesh, _groups, _ascent_pass, _doors,    a map of the library's own; groups of examples; passes
-    _functional, _functional_sam, nnx,       over a loss; the doors for functions and modules
-    equinox
+    _mesh, _cuts, _groups, _gathers          a map of the library's own; groups; what is refused
+    _ascent_pass, _doors, _functional,       passes over a loss; the doors for functions and for
+    _functional_sam, nnx, equinox            modules
     averaging/                               averages of weights
     _measures/, sharpness/, landscape/, draw what measures share; measuring; drawing
 """

@@ -126,6 +126,11 @@ def names_of(axis_name: Any) -> tuple[Any, ...]:
     return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
 
 
+def are_mapped(axis_name: AxisName | None) -> bool:
+    """Whether devices may differ here: in a map whose axis is named, or in a shard_map."""
+    return axis_name is not None or bool(_manual_axes())
+
+
 def _require_mapped(names: tuple[Any, ...]) -> None:
     for name in names:
         try:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 import jax
 import optax
 
-from sam_optax import _axes, _checks, _mesh, _numerics
+from sam_optax import _axes, _checks, _gathers, _mesh, _numerics
 from sam_optax._ascent_pass import AscentPass, in_dtypes_of
 from sam_optax._groups import Groups, Result
 
@@ -98,6 +98,8 @@ def value_and_grad(
         _checks.ascends("transform", transform)
         one_pass = functools.partial(_pass, allow_int=allow_int, traced=params)
         whole = ascend = one_pass(loss, carried, args, kwargs)
+        if _axes.are_mapped(groups.axis_name):
+            _gathers.refuse(whole, params)
         if ascent.is_apart:
             part = (
                 groups.part(ascent.count, args, kwargs) if ascent.fraction != 1 else (args, kwargs)
@@ -198,7 +200,12 @@ def value_and_grad_fn(
         return means(out), grads, lambda params: everywhere(params)[1]
 
     def over_microbatches(params: Any, *parts: Any) -> Result:
-        at = lambda *parts: _pass(loss, *parts, allow_int=allow_int)(params)
+        def at(*parts: Any) -> Result:
+            evaluate = _pass(loss, *parts, allow_int=allow_int)
+            if _axes.are_mapped(groups.axis_name):
+                _gathers.refuse(evaluate, params)
+            return evaluate(params)
+
         return groups.over_microbatches(at, *parts)
 
     def means(out: Any) -> Any:

@@ -75,8 +75,8 @@ def value_and_grad(
         key among the arguments. A key that loss_fn closes over cannot be seen:
         all groups would share it, and one dropout mask, so pass keys as
         arguments. Use under jit. Of a batch sharded over a mesh of explicit
-        axes each group stays spread over the devices; where the axes are
-        automatic, prefer `jax.shard_map` with axis_name.
+        axes each group stays spread over the devices; to keep groups on devices of
+        their own take mesh, or vectorize.
       batch_argnums: the arguments that hold examples along their first axis, for
         microbatch_size, mesh and ascent_fraction: positions as in loss_fn
         (params is 0) or names of keyword arguments. By default all positional
@@ -87,8 +87,10 @@ def value_and_grad(
         and program grow with the groups written out.
       vectorize: groups evaluated together by `jax.vmap`; has to divide their
         number, True for all of them. Memory grows with it. Worth it where one
-        group cannot fill the device. Of a batch that jit shards over devices
-        groups may be moved between them; with mesh all stay where they are.
+        group cannot fill the device. They are taken from all over the batch, so
+        that of one that jit shards nothing moves if the devices divide
+        vectorize; else each group is spread over devices. With mesh it counts
+        groups of a device, which stay there.
       average_aux: which parts of aux are averaged over groups: a boolean, or
         a tree of booleans that is a prefix of aux, such as (True, False) for
         (statistics, logits). What is averaged has to be floating or complex.
@@ -103,12 +105,10 @@ def value_and_grad(
         with its index (typed keys among the arguments; here not by you).
         Parameters are whole over that axis, and keep whatever sharding they
         have over the others. loss_fn may name the axis in collectives, such as
-        `BatchNorm(axis_name=...)`, but must not gather parameters over it:
-        the gradient would be that of other groups as well, which is not seen.
-        Where parameters are sharded over other axes (FSDP within groups, tensor
-        parallel), make those axes automatic before jax 0.12: JAX 0.9 and 0.10
-        gather what is sharded over explicit ones where the map begins. The
-        numbers are right.
+        `BatchNorm(axis_name=...)`. Where parameters are sharded over other axes
+        (FSDP within groups, tensor parallel), make those axes automatic before
+        jax 0.12: JAX 0.9 and 0.10 gather what is sharded over explicit ones
+        where the map begins. The numbers are right.
       allow_int: as in `jax.value_and_grad`.
       extra_args: further keyword arguments for a transform with inputs of its
         own: a mapping, or a function of the arguments of loss_fn, those of the
@@ -127,10 +127,13 @@ def value_and_grad(
         that vectorize does not divide, a mesh without the axis (or no
         axis_name), a batch that the axis of mesh does not divide, params
         sharded over it (seen on explicit meshes, and of arrays outside of jit;
-        else they are gathered), keys of the old kind (uint32) where groups
-        would share them, or aux_from="perturbed", ascent_fraction or
-        ascent_dtype for a method that does not take the perturbed gradient at
-        every step.
+        else they are gathered), a loss_fn that gathers them itself inside of a
+        map (seen where what is gathered is made of params alone, but not where
+        a loop carries it: the gradient would be that of other groups as well,
+        and the perturbation that of a shard), keys of the old kind (uint32)
+        where groups would share them, or aux_from="perturbed", ascent_fraction
+        or ascent_dtype for a method that does not take the perturbed gradient
+        at every step.
       TypeError: for a transform that is none, such as `sam` itself; at the
         call, for integer aux where an average is asked for, or a loss that
         returns aux without has_aux.

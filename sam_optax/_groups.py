@@ -6,16 +6,14 @@ contiguous, so that micro-batches and devices give the same numbers.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from sam_optax import _axes, _checks, _mesh, _numerics
+from sam_optax import _axes, _checks, _cuts, _mesh
 
 # ((loss, aux, carried), grads): carried is the state of objects among the arguments, which is
 # never split, whose floats are averaged over groups and whose keys are folded with their index.
@@ -96,9 +94,17 @@ class Groups:
         groups = _number_of_groups(self.microbatch_size, batch)
         together = _number_together(self.vectorize, groups)
         one_by_one = together == 1
-        sizes = (groups,) if one_by_one else (groups // together, together)
-        split = [_split(x, *sizes, self.microbatch_size) for x in batch]
-        indices = jnp.arange(groups).reshape(sizes)
+
+        @jax.jit  # outside of jit the batch alone knows its mesh
+        def parts_of(batch: list[Any]) -> Any:
+            spread = _cuts.spread_over(batch)
+            indices, *split = [
+                _cuts.split(x, groups, together, spread) for x in (jnp.arange(groups), *batch)
+            ]
+            parts = jnp.squeeze(indices, 2), split
+            return jax.tree.map(lambda x: jnp.squeeze(x, 1), parts) if one_by_one else parts
+
+        indices, split = parts_of(batch)
 
         @jax.jit
         def of_group(index: jax.Array, group: list[jax.Array]) -> Any:
@@ -114,7 +120,7 @@ class Groups:
             return (loss, averaged, averageable), (own, rest)
 
         # Abstract evaluation fills the cache of the jitted function: one trace in all.
-        first = jax.tree.map(lambda x: x[0] if one_by_one else x[0, 0], (indices, split))
+        first = jax.tree.map(lambda x: _cuts.entry(x, 1 if one_by_one else 2), (indices, split))
         like, _ = jax.eval_shape(of_group, *first)
         unroll = self.unroll
         if unroll is None:
@@ -129,20 +135,19 @@ class Groups:
                 averaged, stacked = of_group(*part)
             else:
                 averaged, stacked = jax.vmap(of_group)(*part)
-                averaged = jax.tree.map(_sum_over_first_axis, averaged)
+                averaged = jax.tree.map(_cuts.sum_over_first_axis, averaged)
             return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, averaged), stacked
 
         # The arguments bring the mesh along where none is in context.
-        zeros_like = lambda *_: jax.tree.map(_wide_zeros, like)
-        zeros = jax.jit(zeros_like, keep_unused=True)(*first)
+        zeros_like = lambda *_: jax.tree.map(_cuts.wide_zeros, like)
+        zeros = jax.jit(zeros_like, keep_unused=True)(indices, split)
         total, stacked = jax.lax.scan(body, zeros, (indices, split), unroll=unroll)
         mean = jax.tree.map(lambda t, x: (t / groups).astype(x.dtype), total, like)
         loss, averaged, averageable = mean
-        own, rest = jax.tree.map(lambda x: x.reshape(groups, *x.shape[len(sizes) :]), stacked)
+        own, rest = stacked if one_by_one else jax.tree.map(_cuts.in_order, stacked)
         # What is no float among the carried (counts, keys), and the gradient of an integer, is
         # alike in all groups.
-        rest = jax.tree.map(lambda x: x[0], rest)
-        carried, grads = _joined(averageable, rest)
+        carried, grads = _joined(averageable, jax.tree.map(_cuts.first, rest))
         return (loss, _joined(averaged, own), carried), grads
 
     def part(self, count: Callable[[int], int], args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -202,13 +207,6 @@ class Groups:
         return [b and not is_key(x) and np.ndim(x) > 0 for b, x in zip(named, leaves, strict=True)]
 
 
-def _wide_zeros(x: Any) -> jax.Array:
-    zeros = _numerics.widened(jnp.zeros_like(x))
-    # Gradients of parameters sharded over explicit axes are so by type.
-    sharded = isinstance(x.sharding, NamedSharding) and any(x.sharding.spec)
-    return jax.sharding.reshard(zeros, x.sharding) if sharded else zeros
-
-
 def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic)
 
@@ -229,29 +227,6 @@ def _joined(some: Any, others: Any) -> Any:
     return jax.tree.map(
         lambda a, b: b if a is None else a, some, others, is_leaf=lambda x: x is None
     )
-
-
-def _split(x: Any, *sizes: int) -> jax.Array:
-    """The first axis cut into axes of these sizes, the last of which stays spread over devices."""
-    x = jnp.asarray(x)
-    shape = (*sizes, *x.shape[1:])
-    # Only a mesh of explicit axes tells the sharding here, and only there it is asked for.
-    first, *rest = (*jax.typeof(x).sharding.spec, None)[: x.ndim]
-    if first is None:
-        return jnp.reshape(x, shape)
-    mesh = jax.typeof(x).sharding.mesh
-    shards = math.prod(mesh.shape[name] for name in ([first] if isinstance(first, str) else first))
-    spread = first if sizes[-1] % shards == 0 else None
-    spec = PartitionSpec(*[None] * (len(sizes) - 1), spread, *rest)
-    # With its mesh: outside of jit there may be no mesh in context.
-    return jax.lax.reshape(x, shape, out_sharding=NamedSharding(mesh, spec))
-
-
-def _sum_over_first_axis(x: jax.Array) -> jax.Array:
-    """As a product, because XLA sums over a leading axis some fifty times slower on a CPU."""
-    wide = _numerics.widened(x)
-    ones = jnp.ones(len(x), wide.dtype)
-    return jnp.tensordot(ones, wide, 1, precision=jax.lax.Precision.HIGHEST)
 
 
 def _after(done: Any, part: Any) -> Any:

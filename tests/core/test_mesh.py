@@ -229,6 +229,51 @@ def test_micro_batches_of_a_device_stay_there(problem, kind, options):
     assert_same(jax.device_get(((loss, statistic), grads)), expected)
 
 
+# JAX 0.9 draws from no keys that are spread over explicit axes.
+DRAWS = KINDS[: 1 if jax.__version_info__ < (0, 10) else None]
+
+
+@pytest.mark.parametrize("kind", DRAWS, ids=str)
+@pytest.mark.parametrize("size, together", [(4, True), (2, 8), (1, 16)], ids=str)
+@pytest.mark.usefixtures("optimised")
+def test_groups_evaluated_together_stay_on_their_devices(problem, kind, size, together):
+    """Without mesh=: of a batch that jit shards nothing moves, whatever groups take turns."""
+    *_, (params, x, key) = placed("data parallel", kind, problem)
+    volume = sum(w.size for w in jax.tree.leaves(params))
+    options = {"microbatch_size": size, "vectorize": together, "average_aux": (True, False)}
+    step = jax.jit(sam_optax.value_and_grad(loss_fn, METHOD, has_aux=True, **options))
+    compiled = step.lower(params, x, key).compile()
+    assert moved(compiled, "all-reduce") == volume + 1 + 8  # the loss and the statistic
+    for other in ("all-gather", "all-to-all", "collective-permute"):
+        assert moved(compiled, other) == 0
+    (loss, (statistic, logits)), grads = compiled(params, x, key)
+    expected, outs = loop_over_groups(problem, folded(problem[-1], 32 // size))
+    assert_same(jax.device_get(((loss, statistic), grads)), expected)
+    assert_same(jax.device_get(logits), np.stack(outs))
+
+
+@pytest.mark.parametrize("kind", DRAWS, ids=str)
+@pytest.mark.parametrize("names", ["replica", ("replica", "data")], ids=str)
+def test_fewer_groups_together_than_devices(problem, kind, names):
+    """The examples of a group are on several devices; one of the arguments is on all."""
+    mesh, _, _, (params, x, key) = placed("two axes", kind, problem)
+    x = jax.device_put(x, NamedSharding(mesh, P(names)))
+    rows = jax.device_put(np.arange(32.0), NamedSharding(mesh, P()))
+
+    def loss(params, rows, x, key):
+        value, (statistic, out) = loss_fn(params, x, key)
+        return value, (statistic, (rows, out))
+
+    options = {"microbatch_size": 4, "vectorize": 4, "average_aux": (True, False)}
+    f = sam_optax.value_and_grad(loss, METHOD, has_aux=True, **options)
+    expected, outs = loop_over_groups(problem, folded(problem[-1], 8))
+    for step in (jax.jit(f), f):
+        (loss, (statistic, (rows_of, logits))), grads = step(params, rows, x, key)
+        assert_same(jax.device_get(((loss, statistic), grads)), expected)
+        assert_same(jax.device_get(logits), np.stack(outs))
+        np.testing.assert_array_equal(jax.device_get(rows_of), np.arange(32.0).reshape(8, 4))
+
+
 def hsdp_loss(params, x):
     return jnp.mean((jnp.tanh(x @ params["in"]) @ params["out"]) ** 2)
 
@@ -336,6 +381,118 @@ def test_parameters_sharded_over_the_axis_of_groups(problem, kind, jit):
         f(*own)
 
 
+# Losses that gather.
+
+
+def whole(w):
+    return jax.lax.all_gather(w, "data", axis=w.ndim - 2, tiled=True)
+
+
+@jax.custom_vjp
+def gathered_by_hand(w):
+    return whole(w)
+
+
+def scattered(_, g):
+    return (jax.lax.psum_scatter(g, "data", scatter_dimension=g.ndim - 2, tiled=True),)
+
+
+gathered_by_hand.defvjp(lambda w: (whole(w), None), scattered)
+
+
+def layers(gather, w, x):
+    for v in w:
+        x = jnp.tanh(x @ gather(v))
+    return jnp.mean(x**2)
+
+
+def scanned(w, x):
+    block = jax.checkpoint(lambda x, v: (jnp.tanh(x @ whole(v)), None))
+    return jnp.mean(jax.lax.scan(block, x, w)[0] ** 2)
+
+
+def in_half_precision(w, x):
+    half, x = jax.jit(lambda w, x: (w.astype(jnp.float16), x))(w, x)
+    return layers(whole, half.astype(float), x)
+
+
+GATHER = {
+    "layers": functools.partial(layers, whole),
+    "scan": scanned,
+    "custom_vjp": functools.partial(layers, gathered_by_hand),
+    "cast": in_half_precision,
+    "cond": lambda w, x: jax.lax.cond(
+        jnp.sum(x) > 0, functools.partial(layers, whole), lambda w, x: jnp.sum(w), w, x
+    ),
+}
+
+
+def contrast(w, x):
+    """Of examples with those of all devices."""
+    z = jnp.tanh(x @ w[0, 0])
+    return jnp.mean((z - jnp.mean(jax.lax.all_gather(z, "data", tiled=True))) ** 2)
+
+
+def carried(w, x):
+    """Starts from a parameter, and is made of activations from the second turn on."""
+
+    def turn(h, row):
+        return h + row, jax.lax.all_gather(h * row, "data")
+
+    return jnp.mean(jax.lax.scan(turn, w[0, 0], x)[1] ** 2)
+
+
+def traced(loss, door, axis_name):
+    """On devices that each hold a part of w."""
+    mesh = make_mesh({"data": 8}, AxisType.Auto)
+
+    def gradient(w, x):
+        if door == "first":
+            return sam_optax.grad(loss, METHOD, axis_name=axis_name)(w, x)
+        size = 1 if door == "micro-batches" else None
+        f = sam_optax.value_and_grad_fn(loss, axis_name=axis_name, microbatch_size=size)
+        return f(w, x)[1]
+
+    part = P(None, "data")
+    mapped = jax.shard_map(
+        gradient, mesh=mesh, in_specs=(part, P("data")), out_specs=part, check_vma=False
+    )
+    return jax.eval_shape(mapped, jnp.ones((4, 16, 16)), jnp.ones((16, 16)))
+
+
+@pytest.mark.parametrize("loss", GATHER)
+@pytest.mark.parametrize("door", ["first", "second", "micro-batches"])
+def test_a_loss_that_gathers_its_parameters_is_refused(loss, door):
+    """Also without axis_name: the perturbation would have the norm of a shard."""
+    for axis_name in ("data", None):
+        message = r"must not gather parameters.*another axis.*all_gather of params over 'data'"
+        with pytest.raises(ValueError, match=message):
+            traced(GATHER[loss], door, axis_name)
+
+
+@pytest.mark.parametrize("loss", [contrast, carried])
+@pytest.mark.parametrize("door", ["first", "second", "micro-batches"])
+def test_a_loss_may_gather_activations(loss, door):
+    assert traced(loss, door, "data").shape == (4, 16, 16)
+
+
+def test_gathered_activations_are_differentiated_rightly(problem):
+    """Each device's own gradient holds what its examples do to the losses of the others."""
+    w, x = problem[0]["in"][None, None], problem[1]
+
+    def loss(w, x):
+        z = jnp.tanh(x @ w[0, 0])
+        return jnp.mean((z - jnp.mean(jax.lax.all_gather(z, "data", tiled=True))) ** 2)
+
+    def alone(w, x):
+        z = jnp.tanh(x @ w[0, 0])
+        return jnp.mean((z - jnp.mean(z)) ** 2)
+
+    mesh = make_mesh({"data": 8}, AxisType.Auto)
+    f = sam_optax.grad(loss, optax.identity(), axis_name="data", mesh=mesh)
+    assert_same(jax.device_get(jax.jit(f)(w, x)), jax.grad(alone)(w, x))
+
+
 # Modules.
 
 
@@ -397,6 +554,23 @@ def test_nnx_with_batch_norm_and_dropout(problem, kind):
     for shard in data.addressable_shards:
         np.testing.assert_array_equal(shard.data, jax.random.key_data(before.dropout.rngs.key[...]))
     step(model, own_x)  # what came back goes in again
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_nnx_with_groups_evaluated_together(problem, kind):
+    """Counts, alike in all groups, are spread with these over explicit axes."""
+    options = {"microbatch_size": 2, "vectorize": 8, "has_aux": True, "average_aux": False}
+    f = sam_optax.nnx.value_and_grad(nnx_loss, METHOD, **options)
+    plain, own = Module(nnx.Rngs(0)), Module(nnx.Rngs(0))
+    expected = nnx.jit(lambda model, x: f(model, x))(plain, problem[1])
+    mesh = make_mesh({"data": 8}, kind)
+    nnx.update(own, jax.device_put(nnx.state(own), NamedSharding(mesh, P())))
+    x = jax.device_put(problem[1], NamedSharding(mesh, P("data")))
+    out = nnx.jit(lambda model, x: f(model, x))(own, x)
+    assert_same(jax.device_get(jax.tree.leaves(out)), jax.tree.leaves(expected))
+    stats = [jax.tree.leaves(nnx.state(m, nnx.BatchStat)) for m in (own, plain)]
+    assert_same(*jax.device_get(stats))
+    assert own.dropout.rngs.count[...] == plain.dropout.rngs.count[...] > 0
 
 
 def test_nnx_second_door_and_metrics(problem):

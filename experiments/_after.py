@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _tasks import Examples, Task, wrong
+from _tasks.task import Examples, Task, wrong
 from _training import Trained, error, kernels, outputs
 
 BITS = (4, 3)  # of the rounded weights

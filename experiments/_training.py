@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _tasks import Examples, Task
+from _tasks.task import Examples, Task
 
 import sam_optax
 
@@ -179,7 +179,8 @@ def fit(
     steps: int,
     *,
     start: Trained | None = None,
-    watch: Callable[[int, Trained], None] | None = None,
+    horizon: int | None = None,
+    watch: Callable[[int, Carry], None] | None = None,
 ) -> Trained:
     """A network trained for a number of steps.
 
@@ -191,10 +192,11 @@ def fit(
       data: training examples.
       steps: a multiple of task.chunk.
       start: where to start from, instead of task.init.
-      watch: sees the network after every chunk, with the number of steps.
+      horizon: steps that schedules reckon with, instead of steps.
+      watch: sees what there is after every chunk, with the number of steps.
     """
     hyper = {name: np.float32(value) for name, value in setting.items()}
-    hyper |= {"steps": np.float32(steps), "seed": np.int32(seed)}
+    hyper |= {"steps": np.float32(horizon or steps), "seed": np.int32(seed)}
     rows = orders(seed, len(data[1]), task.batch, steps)
     tail = steps - round(TAIL * steps)
     with _compiling:  # of two threads the second waits for the program of the first
@@ -207,7 +209,7 @@ def fit(
         with _compiling if first in (0, tail) else contextlib.nullcontext():
             carry = _chunk(task, method, pay, hyper, data, carry, part)
         if watch:
-            watch(first + task.chunk, Trained(carry.params, carry.state))
+            watch(first + task.chunk, carry)
     return Trained(carry.params, carry.state)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from _after import measures
 from _harness import Result, Setting, Study
-from _tasks import Choice, Split, Task, wrong_labels
+from _tasks.task import Choice, Split, Task, wrong_labels
 from _training import Method, error, fit, length, outputs
 
 TRIALS = 16  # settings drawn for a method

@@ -17,19 +17,21 @@ stopped; OUT/does_it_pay.json has every trial.
 import functools
 import os
 import sys
+from _statistics import Curve, expected_best, expected_gain, from_trial, holm, paired
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib.ticker
 import numpy as np
 import scipy.stats
 from _figures import panels
 from _harness import SIGNIFICANT, Result, Study
 from _report import COLORS, MARKERS, spread, welch
-from _statistics import Curve, expected_best, expected_gain, from_trial, holm, paired
-from _tasks import TASKS, Source, Task, load
+from _tasks.suite import TASKS, Source, load
+from _tasks.task import Task
 from _training import BASE, METHODS, Method
-from _trials import SEEDS, SPLITS, Search, Trials, by_split
+from _trials import SEEDS, Search, Trials, by_split
 
 WRONG = (0.0, 0.4)  # shares of wrong training labels
 QUICK = ("mlp",)  # with --quick and no tasks
@@ -152,6 +154,15 @@ def report(study: Study, trials: Trials, rows: dict[str, Row]) -> None:
     )
 
 
+def plain_log(axis: Any) -> None:
+    """A logarithmic axis of errors with plain numbers."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(1.5, 2, 3, 5, 7)))
+    axis.tick_params(axis="y", which="minor", labelsize=7)
+
+
 def draw(study: Study, trials: Trials, rows: dict[str, Row]) -> Path:
     """The best of k trials, the test runs, and what is left after training."""
     names = [base_name(trials.task) if row.method is BASE else n for n, row in rows.items()]
@@ -176,17 +187,16 @@ def draw(study: Study, trials: Trials, rows: dict[str, Row]) -> Path:
     curves.set(xlabel="trials", ylabel="expected test error of the best (%)", xscale="log")
     trial_ticks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= trials.trials]
     curves.set_xticks(trial_ticks, map(str, trial_ticks), minor=False)
-    curves.minorticks_off()
+    curves.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    plain_log(curves)
     curves.set_title("At your tuning budget (bands: 95 %)", size=10)
     curves.legend(frameon=False)
     dots.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], size=8)
     dots.set(ylabel="test error (%)", ylim=(least - height, largest + 3 * height))
     dots.set_title(f"Tuned: every run, {trials.study.seeds} seeds", size=10)
     after.set_xticks(range(len(AFTER)), list(AFTER.values()))
-    after.set(ylabel="mean test error (%)", yscale="log")
-    after.yaxis.set_major_formatter("{x:g}")
-    after.yaxis.set_minor_formatter("{x:g}")
-    after.tick_params(axis="y", which="minor", labelsize=7)
+    after.set(ylabel="mean test error (%)")
+    plain_log(after)
     after.set_title("After training", size=10)
     return study.save(figure, trials.name.replace(", ", "_").replace(" ", "_").replace("%", ""))
 
@@ -211,7 +221,7 @@ def overview(results: dict[str, tuple[Trials, dict[str, Row]]]) -> Any:
             told = max(row.p_welch, row.p_paired) < SIGNIFICANT
             axis.errorbar(
                 gain, y, xerr=half, fmt=MARKERS[i + 1], color=COLORS[i + 1], ms=5, lw=1,
-                mfc=COLORS[i + 1] if told else "white", label=row.method.name if not place else None,
+                mfc=COLORS[i + 1] if told else "white", label=None if place else row.method.name,
             )  # fmt: skip
     axis.axvline(0, color="0.4", lw=1)
     axis.set_yticks(
@@ -254,13 +264,22 @@ def table(results: dict[str, tuple[Trials, dict[str, Row]]], budget: int) -> str
                 f"`python experiments/does_it_pay.py --tasks {argument} --wrong {trials.share:g}`",
             )
         )
-    header = ("network, data", "labels", "base, test error %", "SAM, test error %",
-              "p (Welch, paired)", f"does SAM pay, with up to {budget} trials?", "others", "command")  # fmt: skip
-    rows_ = [header, ("---",) * len(header), *lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in rows_)
+    header = [
+        *("network, data", "labels", "base, test error %", "SAM, test error %"),
+        *("p (Welch, paired)", f"does SAM pay, with up to {budget} trials?", "others", "command"),
+    ]
+    cells = [header, ["---"] * len(header), *lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def sources(parser: Any) -> None:
+    """Options that say where examples come from."""
+    parser.add_argument("--images", default="mnist", help="an idx folder, a name on the Hub")
+    parser.add_argument("--text", default="cities", help="or a folder with WordNet's data.noun")
 
 
 def options(parser: Any) -> None:
+    sources(parser)
     names = [method.name for method in METHODS[1:]]
     parser.add_argument("--tasks", nargs="+", help=f"of {', '.join(TASKS)}, or module:name")
     parser.add_argument("--wrong", nargs="+", type=float, help="shares of wrong training labels")
@@ -276,8 +295,7 @@ def options(parser: Any) -> None:
 def instances(study: Study, tasks: Sequence[str], wrong: Sequence[float]) -> list[Trials]:
     """Trials of tasks, with each share of wrong labels."""
     args = study.args
-    images, text = getattr(args, "images", "mnist"), getattr(args, "text", "cities")
-    source = Source(images, text, study.out, study.quick)
+    source = Source(args.images, args.text, study.out, study.quick)
     loaded = [loaded_once(name, source) for name in tasks]
     found = [Trials(study, task, share) for task in loaded for share in wrong]
     for trials in found:

@@ -42,6 +42,9 @@ class Choice(NamedTuple):
 
 Range = LogUniform | Choice
 
+RHO = LogUniform(0.02, 0.5)  # of SAM, unless a task says otherwise
+ADAMW = (("lr", LogUniform(0.001, 0.01)), ("weight_decay", LogUniform(0.05, 5.0)))
+
 
 def smoothed_cross_entropy(logits: jax.Array, y: jax.Array, hyper: Hyper) -> jax.Array:
     """Of each example; with label smoothing if hyper names it."""
@@ -87,11 +90,8 @@ class Task:
     gradients: int = 400
     batch: int = 100
     optimizer: str = "adamw"
-    ranges: tuple[tuple[str, Range], ...] = (
-        ("lr", LogUniform(0.001, 0.02)),
-        ("weight_decay", LogUniform(0.05, 5.0)),
-    )
-    rho: Range = LogUniform(0.02, 0.5)
+    ranges: tuple[tuple[str, Range], ...] = ADAMW
+    rho: Range = RHO
     own: tuple[tuple[str, tuple[tuple[str, Range], ...]], ...] = ()
     loss: Callable[..., jax.Array] = smoothed_cross_entropy
     error: Callable[..., jax.Array] = wrong

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-
-from ._networks import PAD
-from ._task import Split
+from _tasks.networks import PAD
+from _tasks.task import Split
 
 LENGTH = 24  # tokens of a text; the rest is cut off
 COUNTRY = 300  # names that a country must have to be a class

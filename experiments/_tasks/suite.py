@@ -21,23 +21,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-
-from . import _data
-from ._networks import MLP, ResNet, TextTransformer, VisionTransformer
-from ._task import Choice as Choice
-from ._task import Examples as Examples
-from ._task import LogUniform as LogUniform
-from ._task import Range as Range
-from ._task import Split as Split
-from ._task import Task as Task
-from ._task import equinox as equinox
-from ._task import linen as linen
-from ._task import nnx as nnx
-from ._task import wrong as wrong
-from ._task import wrong_labels as wrong_labels
+from _tasks import data
+from _tasks.networks import MLP, ResNet, TextTransformer, VisionTransformer
+from _tasks.task import ADAMW, Choice, LogUniform, Split, Task, linen
 
 SGD = (("lr", LogUniform(0.01, 0.5)), ("weight_decay", LogUniform(0.0005, 0.1)))
-ADAMW = (("lr", LogUniform(0.001, 0.01)), ("weight_decay", LogUniform(0.05, 5.0)))
 SMOOTHING = ("smoothing", Choice((0.0, 0.1, 0.3)))
 DROPOUT = ("dropout", Choice((0.0, 0.1)))
 OLD = 5  # classes below it are for pretraining
@@ -49,34 +37,34 @@ PRETRAINING = {"lr": 0.004, "weight_decay": 1.0, "smoothing": 0.0, "dropout": 0.
 class Source(NamedTuple):
     """Where examples come from, and how many there are of each kind."""
 
-    images: str = "mnist"  # see _data.images
+    images: str = "mnist"  # see data.images
     text: str = "cities"  # or a folder of WordNet
     cache: Path = Path("results/experiments")
     quick: bool = False  # small data, small networks
 
 
 def _pictures(source: Source, halved: bool) -> tuple[np.ndarray, np.ndarray]:
-    x, y = _data.images("digits" if source.quick else source.images, source.cache)
-    return _data.standardised(_data.half(x) if halved and not source.quick else x), y
+    x, y = data.images("digits" if source.quick else source.images, source.cache)
+    return data.standardised(data.half(x) if halved and not source.quick else x), y
 
 
-def _image_pool(source: Source, halved: bool) -> _data.Pool:
+def _image_pool(source: Source, halved: bool) -> data.Pool:
     x, y = _pictures(source, halved)
     large = len(y) > 20_000
-    return _data.pool(x, y, 5000 if large else len(y) // 5)
+    return data.pool(x, y, 5000 if large else len(y) // 5)
 
 
-def _splits(pool: _data.Pool, train: int, quick: bool) -> Callable[[int], Split]:
-    train, test = (200, 200) if quick else (train, 4000)
-    return functools.cache(lambda number: _data.draw(pool, number, train, test))
+def _splits(pool: data.Pool, train: int, quick: bool) -> Callable[[int], Split]:
+    train, test = (300, 200) if quick else (train, 4000)
+    return functools.cache(lambda number: data.draw(pool, number, train, test))
 
 
 def _length(source: Source, gradients: int) -> int:
     return 20 if source.quick else gradients
 
 
-def _name(what: str, data: str, source: Source) -> str:
-    return f"{what}, {'digits' if source.quick else Path(data).name}"
+def _name(what: str, of: str, source: Source) -> str:
+    return f"{what}, {'digits' if source.quick and what != 'text' else Path(of).name}"
 
 
 def mlp(source: Source) -> Task:
@@ -91,8 +79,8 @@ def mlp(source: Source) -> Task:
 
 def text(source: Source) -> Task:
     cities = source.text == "cities"
-    x, y, kinds = _data.cities() if cities else _data.glosses(Path(source.text))
-    pool = _data.pool(x, y, 300 if source.quick else 4000)
+    x, y, kinds = data.cities() if cities else data.glosses(Path(source.text))
+    pool = data.pool(x, y, 300 if source.quick else 4000)
     size = {"width": 8, "heads": 2} if source.quick else {"width": 48}
     network = TextTransformer(kinds, int(y.max()) + 1, **size)
     init, apply = linen(network, pool.x[:1], traced=("dropout",))
@@ -103,7 +91,7 @@ def text(source: Source) -> Task:
     )  # fmt: skip
 
 
-def _vit(source: Source, pool: _data.Pool) -> Any:
+def _vit(source: Source, pool: data.Pool) -> Any:
     size = {"patch": 4, "width": 8, "depth": 1, "heads": 2} if source.quick else {}
     return linen(VisionTransformer(10, **size), pool.x[:1], traced=("dropout",))
 
@@ -123,14 +111,15 @@ def resnet(source: Source) -> Task:
     splits = _splits(pool, 2000, source.quick)
     return Task(
         *(_name("resnet", source.images, source), init, apply, splits),
-        optimizer="sgd", ranges=(*SGD, SMOOTHING), gradients=_length(source, 400), chunk=1, seconds=1.8,
+        optimizer="sgd", ranges=(*SGD, SMOOTHING), gradients=_length(source, 400), chunk=1,
+        seconds=1.8,
     )  # fmt: skip
 
 
 def fine_tuning(source: Source) -> Task:
     x, y = _pictures(source, halved=False)
-    old = _data.pool(x[y < OLD], y[y < OLD], 0)
-    new = _data.pool(x[y >= OLD], y[y >= OLD], sum(y >= OLD) // 5)
+    old = data.pool(x[y < OLD], y[y < OLD], 0)
+    new = data.pool(x[y >= OLD], y[y >= OLD], sum(y >= OLD) // 5)
     few = 4 if source.quick else FEW
     _, apply = _vit(source, old)
     pretraining = dataclasses.replace(vit(source), name="pretraining")
@@ -146,7 +135,7 @@ def fine_tuning(source: Source) -> Task:
     def start(key: jax.Array) -> Any:
         return pretrained(int(jax.random.bits(key)) % PRETRAINED)
 
-    splits = functools.cache(lambda number: _data.draw_few(new, number, few, 4000))
+    splits = functools.cache(lambda number: data.draw_few(new, number, few, 4000))
     return Task(
         *(_name("fine_tuning", source.images, source), start, apply, splits),
         ranges=(("lr", LogUniform(0.0001, 0.003)), ADAMW[1], SMOOTHING, DROPOUT),

@@ -17,7 +17,7 @@ from _harness import Result, Setting, Study
 from _tasks.task import Choice, Split, Task, wrong_labels
 from _training import Method, error, fit, length, outputs
 
-TRIALS = 16  # settings drawn for a method
+TRIALS = 20  # settings drawn for a method
 KEPT, MORE = 4, 3  # of the trials, the best by validation, and their further runs
 LENGTHS = Choice((0.3, 1.0, 2.0))  # in trainings of task.gradients gradient evaluations
 SPLITS = 6  # of the test

@@ -190,7 +190,8 @@ def draw(results: dict[str, dict[str, list[Result]]], forgot: Any) -> Any:
                     mfc="white" if equal else color, label=None if place else name,
                 )  # fmt: skip
         axis.set_yticks(range(len(results)), list(results), size=7)
-        axis.set(ylim=(len(results) - 0.5, -0.5), xlim=(0, None), xlabel=f"{words} (points)")
+        axis.set(ylim=(len(results) - 0.5, -0.5), xlabel=f"{words} (points)")
+        axis.axvline(0, color="0.7", lw=0.8, zorder=0)
     axes[0].set_title("mean and standard error; hollow: the base's rate", size=8)
     for place, (rises, _) in enumerate(forgot.values()):
         for i, values in enumerate(rises.values()):

@@ -1,8 +1,8 @@
 """Does SAM pay for me? Methods at equal tuning and equal compute, on your task or on five others.
 
     python experiments/does_it_pay.py                        # all tasks: about an hour on two cores
-    python experiments/does_it_pay.py --tasks mlp text       # some
-    python experiments/does_it_pay.py --tasks my_module:task # your own, about twenty lines
+    python experiments/does_it_pay.py --task mlp text       # some
+    python experiments/does_it_pay.py --task my_module:task # your own, about twenty lines
     python experiments/does_it_pay.py --plan                 # what would run, and how long
 
 Every method (the base optimizer, SAM, ASAM, momentum_sam, SAM in the last quarter) draws the same
@@ -261,7 +261,7 @@ def table(results: dict[str, tuple[Trials, dict[str, Row]]], budget: int) -> str
                 f"{welch_p:.1g}, {paired_p:.1g}",
                 verdict(of_table, base, base_name(trials.task)),
                 "; ".join(verdict(r, base, base_name(trials.task)) for r in others),
-                f"`python experiments/does_it_pay.py --tasks {argument} --wrong {trials.share:g}`",
+                f"`python experiments/does_it_pay.py --task {argument} --wrong {trials.share:g}`",
             )
         )
     header = [
@@ -281,21 +281,18 @@ def sources(parser: Any) -> None:
 def options(parser: Any) -> None:
     sources(parser)
     names = [method.name for method in METHODS[1:]]
-    parser.add_argument("--tasks", nargs="+", help=f"of {', '.join(TASKS)}, or module:name")
+    parser.add_argument("--task", nargs="+", help=f"of {', '.join(TASKS)}, or module:name")
     parser.add_argument("--wrong", nargs="+", type=float, help="shares of wrong training labels")
     parser.add_argument("--methods", nargs="+", choices=names, help="beside the base optimizer")
     parser.add_argument("--trials", type=int, help="settings drawn for every method")
-    parser.add_argument(
-        "--images", default="mnist", help="digits, an idx folder, a name on the Hub"
-    )
-    parser.add_argument("--text", default="cities", help="or a folder with WordNet's data.noun")
     parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
 
 
 def instances(study: Study, tasks: Sequence[str], wrong: Sequence[float]) -> list[Trials]:
     """Trials of tasks, with each share of wrong labels."""
     args = study.args
-    source = Source(args.images, args.text, study.out, study.quick)
+    cache = Path() if study.quick else study.out  # digits need none
+    source = Source(args.images, args.text, cache, study.quick)
     loaded = [loaded_once(name, source) for name in tasks]
     found = [Trials(study, task, share) for task in loaded for share in wrong]
     for trials in found:
@@ -324,7 +321,12 @@ def main(argv=None):
     sys.path.append(os.getcwd())  # for a module of the user's
     study = Study(__file__, __doc__, argv, seeds=SEEDS, options=options)
     args = study.args
-    tasks = args.tasks or (QUICK if study.quick else list(TASKS))
+    for share in args.wrong or ():
+        if not 0 <= share < 1:
+            sys.exit(f"--wrong must be at least 0 and below 1, got {share:g}")
+    if args.trials is not None and args.trials < 2:
+        sys.exit(f"--trials must be at least 2, got {args.trials}")
+    tasks = args.task or (QUICK if study.quick else list(TASKS))
     wrong = args.wrong if args.wrong is not None else (WRONG[1:] if study.quick else WRONG)
     chosen = [m for m in METHODS[1:] if args.methods is None or m.name in args.methods]
     methods = [BASE, *chosen]

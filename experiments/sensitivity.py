@@ -17,7 +17,7 @@ from _training import BASE, METHODS, Method
 from _trials import SEARCH, Trials
 from does_it_pay import base_name, instances, sources
 
-RATES, DECAYS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), (0.0005, 0.003, 0.01, 0.03)
+RATES, DECAYS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), (0.001, 0.003, 0.01, 0.03, 0.1)
 RHO = LogUniform(0.025, 0.8)  # of SAM; ASAM's is ten times that
 RADII = 6
 GOOD = 1.0  # points above the best of the method

@@ -101,6 +101,8 @@ class Task:
     def __post_init__(self) -> None:
         if self.optimizer not in ("sgd", "adamw"):
             raise ValueError(f"optimizer must be 'sgd' or 'adamw', got {self.optimizer!r}")
+        if missing := {"lr", "weight_decay"} - dict(self.ranges).keys():
+            raise ValueError(f"ranges must name lr and weight_decay, got none for {missing}")
         for name in ("gradients", "batch", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -258,8 +258,13 @@ def first_state(job: Job, image: np.ndarray) -> State:
     return jax.jit(first, out_shardings=shardings)()
 
 
-def train_step(job: Job, state: State, batch: Any, previous: Any) -> tuple[State, Any]:
-    """A step as one device sees it: its share of the batch, and its own memory of the method."""
+def train_step(
+    job: Job, state: State, batch: Any, previous: Any, pay: bool | None = None
+) -> tuple[State, Any]:
+    """A step as one device sees it: its share of the batch, and its own memory of the method.
+
+    A method with a cadence decides by `jax.lax.cond`, unless pay says it: see `word_of_the_host`.
+    """
 
     def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
         variables = {"params": params, "batch_stats": state.batch_stats}
@@ -283,13 +288,25 @@ def train_step(job: Job, state: State, batch: Any, previous: Any) -> tuple[State
     before = gradient_of(previous, jnp.maximum(state.step - 1, 0))
     clean, (batch_stats, metrics) = now(state.params)  # statistics are those of the clean pass
     memory = jax.tree.map(lambda m: m[0], state.method)
-    functions = {"grad_fn": lambda w: now(w)[0], "previous_grad_fn": lambda w: before(w)[0]}
-    updates, memory = job.method.update(clean, memory, state.params, **functions)
+    extra = {"grad_fn": lambda w: now(w)[0], "previous_grad_fn": lambda w: before(w)[0]}
+    extra |= {} if pay is None else {"pay": pay}
+    updates, memory = job.method.update(clean, memory, state.params, **extra)
     updates, base = job.base.update(updates, state.base, state.params)
     params = optax.apply_updates(state.params, updates)
     batch_stats, metrics = jax.lax.pmean((batch_stats, metrics), AXIS)
     memory = jax.tree.map(lambda m: m[None], memory)
     return State(params, batch_stats, memory, base, state.step + 1), metrics
+
+
+def word_of_the_host(memory: Any) -> bool | None:
+    """Whether the coming step pays for the perturbed gradient: which program it is.
+
+    None where the step decides itself: without a cadence, or with one that looks at the gradient.
+    """
+    try:
+        return sam_optax.pays(memory)
+    except ValueError:
+        return None
 
 
 def test_step(job: Job, state: State, batch: Any) -> jax.Array:
@@ -347,7 +364,13 @@ def begin(job: Job, data: Data) -> tuple[Any, State, list[dict[str, Any]]]:
 def train(job: Job, data: Data, manager: Any, state: State, history: list[Any]) -> list[Any]:
     """Metrics of all epochs; writes checkpoints, metrics and TensorBoard's events on the way."""
     args, (x, y) = job.args, data.train
-    one_step = job.over_devices(train_step, (SPECS, P()), donate_argnums=0)
+    steps_of = {  # compiled when first called, so a method without a cadence compiles one
+        pay: job.over_devices(
+            functools.partial(train_step, pay=pay), (SPECS, P()), donate_argnums=0
+        )
+        for pay in (None, True, False)
+    }
+    pays = word_of_the_host(state.method) is not None
     test = job.over_devices(test_step, P(AXIS))
     rate, steps = schedule(args, len(x) // args.batch), len(x) // args.batch
     last = min(args.epochs, args.stop_after or args.epochs)
@@ -362,7 +385,8 @@ def train(job: Job, data: Data, manager: Any, state: State, history: list[Any]) 
             start, found = time.perf_counter(), []
             for rows in batches(args, epoch, len(x)):
                 batch = job.put(x[rows], y[rows])
-                state, metrics = one_step(state, batch, previous)
+                pay = word_of_the_host(state.method) if pays else None
+                state, metrics = steps_of[pay](state, batch, previous)
                 jax.block_until_ready(found[-1:])  # one step ahead of the devices, not an epoch
                 found.append(metrics)
                 previous = batch

@@ -105,7 +105,7 @@ class Study:
         *,
         seeds: int = 8,
         tuning_seeds: int = 2,
-        options: Callable[[argparse.ArgumentParser], Any] = lambda parser: None,
+        parser: argparse.ArgumentParser | None = None,
         log: str | None = None,
     ):
         """Reads the command line and the log.
@@ -116,15 +116,14 @@ class Study:
           argv: the command line, None for that of the process.
           seeds: test runs of a method, unless the command line says otherwise.
           tuning_seeds: runs of a setting while it is chosen.
-          options: adds options of the script's own, which are then in `args`.
+          parser: has options of the script's own, which are then in `args`.
           log: another script whose log, and thus runs, this one shares.
         """
-        parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+        parser = parser or argparse.ArgumentParser(description=doc.splitlines()[0])
         parser.add_argument("--out", type=Path, default=Path("results/experiments"))
         parser.add_argument("--seeds", type=int, default=seeds, help="test runs of a method")
         parser.add_argument("--quick", action="store_true", help="digits, tiny grids, for CI")
         parser.add_argument("--fresh", action="store_true", help="forget the runs of before")
-        options(parser)
         self.args = args = parser.parse_args(argv)
         if args.seeds < 2:
             parser.error(f"--seeds must be at least 2, for a standard deviation, got {args.seeds}")
@@ -360,9 +359,13 @@ class Study:
         plt.close(figure)
         return self.out / f"{name}.png"
 
+    def close(self) -> None:
+        """Ends the bar of progress."""
+        self._bar.close()
+
     def finish(self, figure: matplotlib.figure.Figure) -> dict[str, Any]:
         """Saves the figure and the record of all runs; returns the record without the runs."""
-        self._bar.close()
+        self.close()
         name = self.save(figure).stem
         record = {
             "name": self.name,

@@ -24,7 +24,7 @@ from _tasks.suite import TASKS
 from _tasks.task import Split
 from _training import BASE, METHODS, Method, Trained, error, fit, length, outputs
 from _trials import SEEDS, SPLITS, WORKERS, Trials, by_split
-from does_it_pay import QUICK, WRONG, base_name, instances, sources
+from does_it_pay import QUICK, WRONG, base_name, instances, parser_of
 
 COMPARED = METHODS[:3]  # base, SAM, ASAM
 EQUAL = ", the base's rate"  # after the name of a method
@@ -207,7 +207,9 @@ def draw(results: dict[str, dict[str, list[Result]]], forgot: Any) -> Any:
 
 
 def main(argv=None):
-    study = Study(__file__, __doc__, argv, seeds=SEEDS, options=sources, log="does_it_pay")
+    study = Study(
+        __file__, __doc__, argv, seeds=SEEDS, parser=parser_of(__doc__), log="does_it_pay"
+    )
     tasks, wrong = (QUICK, WRONG[1:]) if study.quick else (list(TASKS), WRONG)
     ahead = instances(study, tasks, wrong)
     halved = instances(study, QUICK if study.quick else FORGETTING, WRONG[:1])

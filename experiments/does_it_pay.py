@@ -14,6 +14,7 @@ before any run stands in PREREGISTERED.md. An interrupted run, started again, go
 stopped; OUT/does_it_pay.json has every trial.
 """
 
+import argparse
 import functools
 import os
 import sys
@@ -272,20 +273,23 @@ def table(results: dict[str, tuple[Trials, dict[str, Row]]], budget: int) -> str
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
-def sources(parser: Any) -> None:
+def parser_of(doc: str) -> argparse.ArgumentParser:
     """Options that say where examples come from."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--images", default="mnist", help="an idx folder, a name on the Hub")
     parser.add_argument("--text", default="cities", help="or a folder with WordNet's data.noun")
+    return parser
 
 
-def options(parser: Any) -> None:
-    sources(parser)
+def options() -> argparse.ArgumentParser:
+    parser = parser_of(__doc__)
     names = [method.name for method in METHODS[1:]]
     parser.add_argument("--task", nargs="+", help=f"of {', '.join(TASKS)}, or module:name")
     parser.add_argument("--wrong", nargs="+", type=float, help="shares of wrong training labels")
     parser.add_argument("--methods", nargs="+", choices=names, help="beside the base optimizer")
     parser.add_argument("--trials", type=int, help="settings drawn for every method")
     parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
+    return parser
 
 
 def instances(study: Study, tasks: Sequence[str], wrong: Sequence[float]) -> list[Trials]:
@@ -319,7 +323,7 @@ def plan(study: Study, ahead: Sequence[Trials], methods: Sequence[Method]) -> No
 
 def main(argv=None):
     sys.path.append(os.getcwd())  # for a module of the user's
-    study = Study(__file__, __doc__, argv, seeds=SEEDS, options=options)
+    study = Study(__file__, __doc__, argv, seeds=SEEDS, parser=options())
     args = study.args
     for share in args.wrong or ():
         if not 0 <= share < 1:

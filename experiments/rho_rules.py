@@ -24,7 +24,7 @@ from _report import COLORS, MARKERS, spread
 from _tasks.task import Examples, Task
 from _training import BASE, SAM, Carry, Hyper, Method, fit, shape
 from _trials import SEEDS
-from does_it_pay import Row, base_name, compare, instances, sources
+from does_it_pay import Row, base_name, compare, instances, parser_of
 
 import sam_optax
 
@@ -158,7 +158,9 @@ def share(rows: dict[str, Row], name: str) -> float:
 
 
 def main(argv=None):
-    study = Study(__file__, __doc__, argv, seeds=SEEDS, options=sources, log="does_it_pay")
+    study = Study(
+        __file__, __doc__, argv, seeds=SEEDS, parser=parser_of(__doc__), log="does_it_pay"
+    )
     tasks, wrong = (TASKS[:1], WRONG[1:]) if study.quick else (TASKS, WRONG)
     ahead = instances(study, tasks, wrong)
     methods = (BASE, SAM, *RULES)

@@ -15,7 +15,7 @@ from _harness import Study
 from _tasks.task import LogUniform
 from _training import BASE, METHODS, Method
 from _trials import SEARCH, Trials
-from does_it_pay import base_name, instances, sources
+from does_it_pay import base_name, instances, parser_of
 
 RATES, DECAYS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), (0.001, 0.003, 0.01, 0.03, 0.1)
 RHO = LogUniform(0.025, 0.8)  # of SAM; ASAM's is ten times that
@@ -54,7 +54,7 @@ def cliff(radii: tuple[float, ...], found: np.ndarray) -> float | None:
 
 
 def main(argv=None):
-    study = Study(__file__, __doc__, argv, options=sources, log="does_it_pay")
+    study = Study(__file__, __doc__, argv, parser=parser_of(__doc__), log="does_it_pay")
     (trials,) = instances(study, ("mlp",), (0.4,))
     for method in COMPARED:
         count = np.prod([len(axis) for axis in axes_of(study, method)])

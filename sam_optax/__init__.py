@@ -11,8 +11,8 @@ A perturbation is an Optax update, and a method is a composition: a cadence of
     _ascent, _descent, _cadence, _payments   the rules that no paper owns; cadences told to the host
     _sharpness_aware                         the one generic method over them
     _family/                                 one file a paper: its rules and its alias
-    _mesh, _groups, _doors, _functional,     a map of the library's own; groups of examples; passes
-    nnx, equinox                             over a loss; the doors for functions and modules
+    _mesh, _groups, _ascent_pass, _doors,    a map of the library's own; groups of examples; passes
+    _functional, nnx, equinox                over a loss; the doors for functions and modules
     averaging/                               averages of weights
     _measures/, sharpness/, landscape/, draw what measures share; measuring; drawing
 """

@@ -237,11 +237,11 @@ def choose(
 
     A decision that is known now leaves nothing of the other branch in the program.
     """
-    if getattr(descent_grad_fn, "keeps_aux", False):
+    if rule := getattr(descent_grad_fn, "rule", None):
         raise ValueError(
-            'aux_from must be "clean" for a method that takes the perturbed gradient at some '
-            "steps only (a cadence): what a branch has seen does not come out of it, "
-            "got 'perturbed'"
+            f"{rule} for a method that takes the perturbed gradient at some steps only (a "
+            "cadence): the first door must know what its pass gave, and what a branch has seen "
+            "does not come out of it"
         )
 
     def leaf_cast(result: Any, update: Any, param: Any) -> Any:

@@ -8,6 +8,7 @@ kept.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict
 
@@ -15,9 +16,11 @@ import jax
 import optax
 
 from sam_optax import _axes, _checks, _mesh, _numerics
+from sam_optax._ascent_pass import AscentPass, in_dtypes_of
 from sam_optax._groups import Groups, Result
 
 Loss: TypeAlias = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
+AuxFrom: TypeAlias = Literal["clean", "ascent", "perturbed"]
 ExtraArgs: TypeAlias = Mapping[str, Any] | Callable[..., Mapping[str, Any]]
 
 
@@ -37,7 +40,9 @@ class GroupOptions(TypedDict, total=False):
 class Options(GroupOptions, total=False):
     """Options of `sam_optax.value_and_grad`, for the doors of modules."""
 
-    aux_from: Literal["clean", "perturbed"]
+    aux_from: AuxFrom
+    ascent_fraction: float
+    ascent_dtype: jax.typing.DTypeLike | None
     extra_args: ExtraArgs
 
 
@@ -53,10 +58,17 @@ def split_options(options: Any, known: Any, first: int) -> tuple[Groups, dict[st
     return groups, {n: v for n, v in options.items() if n not in names}
 
 
-def check(transform: Any, aux_from: str = "clean", **_: Any) -> None:
+def check(
+    transform: Any,
+    aux_from: str = "clean",
+    ascent_fraction: float = 1.0,
+    ascent_dtype: Any = None,
+    **_: Any,
+) -> AscentPass:
     """What can be said of the arguments of `value_and_grad` before the call."""
-    _checks.one_of("aux_from", aux_from, ("clean", "perturbed"))
+    _checks.one_of("aux_from", aux_from, ("clean", "ascent", "perturbed"))
     _checks.is_transform("transform", transform)
+    return AscentPass(ascent_fraction, ascent_dtype)
 
 
 def value_and_grad(
@@ -65,11 +77,13 @@ def value_and_grad(
     groups: Groups,
     *,
     aux_from: str = "clean",
+    ascent_fraction: float = 1.0,
+    ascent_dtype: Any = None,
     extra_args: ExtraArgs | None = None,
     allow_int: bool = False,
 ) -> Callable[[Any, Any, Any, Any], Result]:
     """((loss, aux, carried), the method's gradient) as a function of the arguments of the loss."""
-    check(transform, aux_from)
+    ascent = check(transform, aux_from, ascent_fraction, ascent_dtype)
     method = optax.with_extra_args_support(transform)
 
     def of_group(params: Any, carried: Any, args: Any, kwargs: Any) -> Result:
@@ -82,26 +96,39 @@ def value_and_grad(
                 f"got state {jax.tree.structure(state)}"
             )
         _checks.ascends("transform", transform)
-        evaluate = _pass(loss, carried, args, kwargs, allow_int=allow_int, traced=params)
-        clean, grads = evaluate(params)
+        one_pass = functools.partial(_pass, allow_int=allow_int, traced=params)
+        whole = ascend = one_pass(loss, carried, args, kwargs)
+        if ascent.is_apart:
+            part = (
+                groups.part(ascent.count, args, kwargs) if ascent.fraction != 1 else (args, kwargs)
+            )
+            ascend = one_pass(ascent.of(loss), carried, *part)
+        at_w, grads = ascend(params)
         given = extra_args(params, carried, args, kwargs) if callable(extra_args) else extra_args
         given = dict(given or {})
         given |= {
-            "grad_fn": lambda params: evaluate(params)[1],
+            "grad_fn": lambda params: ascend(params)[1],
             "value_fn": lambda params: loss(params, carried, args, kwargs)[0],
         }
-        if aux_from == "clean":
+        if aux_from != "perturbed" and not ascent.is_apart:
             grads, _ = method.update(grads, state, params, **given)
-            return clean, _numerics.conjugate(grads)
+            return at_w, _numerics.conjugate(grads)
 
-        perturbed = _Perturbed(evaluate)
+        options = "ascent_fraction and ascent_dtype must be left out"
+        perturbed = _Perturbed(whole, options if ascent.is_apart else 'aux_from must be "clean"')
         grads, _ = method.update(grads, state, params, descent_grad_fn=perturbed, **given)
+        grads = _numerics.conjugate(grads)
         if perturbed.first is None:
             raise ValueError(
-                'aux_from must be "clean" for a transform that evaluates no perturbed '
-                f"gradient, got {aux_from!r}"
+                f"{perturbed.rule} for a transform that evaluates no perturbed gradient, got "
+                f"aux_from {aux_from!r}, ascent_fraction {ascent_fraction}, "
+                f"ascent_dtype {ascent_dtype}"
             )
-        return (clean[0], *perturbed.first[1:]), _numerics.conjugate(grads)
+        if aux_from == "ascent":
+            return in_dtypes_of(perturbed.first, at_w), grads
+        # A forward pass more where the ascent has not made it, if loss or aux are used.
+        clean = whole(params)[0] if ascent.is_apart else at_w
+        return (clean if aux_from == "clean" else (clean[0], *perturbed.first[1:])), grads
 
     def sharp(params: Any, carried: Any, args: Any, kwargs: Any) -> Result:
         if groups.axis_name is not None:
@@ -117,12 +144,17 @@ def value_and_grad(
 
 
 class _Perturbed:
-    """A gradient function that keeps what its first pass gave beside the gradient."""
+    """A gradient function that keeps what its first pass gave beside the gradient.
 
-    keeps_aux = True  # which cannot leave a branch of a cond: cadences refuse it
+    Attributes:
+      rule: what an option must be for a method without such a pass at every
+        step; cadences refuse it so, because nothing kept leaves their branches.
+      first: (loss, aux, carried) of that pass.
+    """
 
-    def __init__(self, evaluate: Callable[[Any], Result]):
+    def __init__(self, evaluate: Callable[[Any], Result], rule: str):
         self._evaluate = evaluate
+        self.rule = rule
         self.first: Any = None
 
     def __call__(self, params: Any) -> Any:

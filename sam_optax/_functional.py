@@ -2,8 +2,9 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
+import jax
 import optax
 
 from sam_optax import _axes, _doors, _mesh
@@ -16,7 +17,9 @@ def value_and_grad(
     transform: optax.GradientTransformation = sam(),
     *,
     has_aux: bool = False,
-    aux_from: Literal["clean", "perturbed"] = "clean",
+    aux_from: _doors.AuxFrom = "clean",
+    ascent_fraction: float = 1.0,
+    ascent_dtype: jax.typing.DTypeLike | None = None,
     axis_name: _axes.AxisName | None = None,
     microbatch_size: int | None = None,
     batch_argnums: int | str | Sequence[int | str] | None = None,
@@ -46,9 +49,22 @@ def value_and_grad(
         or traced rho; `sam()` by default. It gets grad_fn and value_fn, the
         gradient and the loss elsewhere with the same arguments.
       has_aux: whether loss_fn returns (loss, aux).
-      aux_from: which pass owns aux, "clean" (at w) or "perturbed" (at w + e,
-        the first such pass of methods with several). BatchNorm statistics
-        belong to the clean one.
+      aux_from: which pass owns aux: "clean", at w, as the loss (BatchNorm
+        statistics belong there); "perturbed", at w + e, the first such pass of
+        methods with several; or "ascent", the pass that the ascent gradient
+        comes from, which then gives the loss as well: the same as "clean" but
+        for the next two options.
+      ascent_fraction: the part of its examples, in (0, 1], from which each group
+        takes its ascent gradient: the first ones of the group, so batches
+        should be in random order. It has to make a whole number of each group.
+        The descent is of all examples. What is split is what batch_argnums
+        names. Loss and aux are still of all examples: where the step uses those
+        at w, they cost a forward pass more, which "ascent" and "perturbed" save
+        (see the note).
+      ascent_dtype: to which parameters and floating arguments are rounded for
+        the ascent gradient, such as jnp.bfloat16; None leaves them. Gradient,
+        loss and aux keep the dtypes of the descent's pass. Layers that are told
+        a dtype of their own (`nn.Dense(dtype=...)`) compute in that one.
       axis_name: mapped axis (pmap, shard_map, vmap), or a tuple or list of
         them, over which loss, gradient and aux are averaged. Each device
         perturbs with its own gradient. Fold `jax.lax.axis_index` into keys
@@ -61,9 +77,10 @@ def value_and_grad(
         arguments. Use under jit. Of a batch sharded over a mesh of explicit
         axes each group stays spread over the devices; where the axes are
         automatic, prefer `jax.shard_map` with axis_name.
-      batch_argnums: the arguments that microbatch_size splits along their first
-        axis: positions as in loss_fn (params is 0) or names of keyword
-        arguments. By default all positional ones; scalars and keys stay whole.
+      batch_argnums: the arguments that hold examples along their first axis, for
+        microbatch_size, mesh and ascent_fraction: positions as in loss_fn
+        (params is 0) or names of keyword arguments. By default all positional
+        ones; scalars and keys stay whole.
       unroll: of the loop over groups, as in `jax.lax.scan`; True writes it out.
         By default a loop, except on CPU where the loss holds a convolution,
         whose gradient XLA compiles badly inside of loops there. Compile time
@@ -102,15 +119,18 @@ def value_and_grad(
       ((loss, aux), grads) with has_aux; grads is like params.
 
     Raises:
-      ValueError: for unknown aux_from, or microbatch_size or vectorize below 1;
-        at the call, for a transform with state or one that descends as an
-        optimizer does, a batch that microbatch_size does not divide, groups
+      ValueError: for unknown aux_from, an ascent_fraction outside of (0, 1] or
+        an ascent_dtype that is not floating, or microbatch_size or vectorize
+        below 1; at the call, for a transform with state or one that descends as
+        an optimizer does, a batch that microbatch_size does not divide, a group
+        of which ascent_fraction makes no whole number of examples, groups
         that vectorize does not divide, a mesh without the axis (or no
         axis_name), a batch that the axis of mesh does not divide, params
         sharded over it (seen on explicit meshes, and of arrays outside of jit;
         else they are gathered), keys of the old kind (uint32) where groups
-        would share them, or aux_from="perturbed" for a method that does not
-        take the perturbed gradient at every step.
+        would share them, or aux_from="perturbed", ascent_fraction or
+        ascent_dtype for a method that does not take the perturbed gradient at
+        every step.
       TypeError: for a transform that is none, such as `sam` itself; at the
         call, for integer aux where an average is asked for, or a loss that
         returns aux without has_aux.
@@ -130,7 +150,12 @@ def value_and_grad(
 
     Note:
       Costs what the transform costs, two gradients for `sam`. Inside jit the
-      loss is traced once, however often it is evaluated.
+      loss is traced once, however often it is evaluated. With ascent_fraction f
+      the ascent costs f gradients in place of one and the step 1 + f, and a
+      forward pass (a third of a gradient) where loss or aux of the clean pass
+      are used. Methods whose descent looks at the clean gradient (`gsam`,
+      `wsam`, `stable_sam`) see that of the part; with the same rho the e of a
+      small part has the same length, and a noisier direction.
     """
     groups = Groups(axis_name, microbatch_size, batch_argnums, unroll, vectorize, average_aux, mesh)
 
@@ -145,6 +170,8 @@ def value_and_grad(
         transform,
         groups,
         aux_from=aux_from,
+        ascent_fraction=ascent_fraction,
+        ascent_dtype=ascent_dtype,
         extra_args=own_args if callable(extra_args) else extra_args,
         allow_int=allow_int,
     )

@@ -54,6 +54,7 @@ class Groups:
         def whole(params: Any, carried: Any, args: Any, kwargs: Any) -> Result:
             _mesh.require_whole("params", params, names)
             leaves, treedef = jax.tree.flatten((carried, args, kwargs))
+            _refuse_legacy_keys(leaves)
             is_batch = self._is_batch(carried, args, kwargs, leaves)
             marked = list(zip(is_batch, leaves, strict=True))
             batch = [x if b else None for b, x in marked]
@@ -89,6 +90,7 @@ class Groups:
         if self.microbatch_size is None:
             return evaluate(carried, args, kwargs)
         leaves, treedef = jax.tree.flatten((carried, args, kwargs))
+        _refuse_legacy_keys(leaves)
         is_batch = self._is_batch(carried, args, kwargs, leaves)
         batch = [x for b, x in zip(is_batch, leaves, strict=True) if b]
         groups = _number_of_groups(self.microbatch_size, batch)
@@ -140,6 +142,15 @@ class Groups:
         rest = jax.tree.map(lambda x: x[0], rest)
         return (loss, _joined(averaged, own), _joined(averageable, rest)), grads
 
+    def part(self, count: Callable[[int], int], args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """(args, kwargs) of the first count(number) of the examples of one group."""
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        marked = list(zip(self._is_batch((), args, kwargs, leaves), leaves, strict=True))
+        batch = [x for b, x in marked if b]
+        _refuse_legacy_keys(batch)  # which look like a batch
+        taken = count(_length(batch))
+        return jax.tree.unflatten(treedef, [x[:taken] if b else x for b, x in marked])
+
     def of_device(self, carried: Any) -> Any:
         """The carried as a device starts from it: with keys of its own, and floats marked as such.
 
@@ -184,13 +195,6 @@ class Groups:
             argnums = (argnums,)
         never = jax.tree.map(lambda _: False, carried)
         named = jax.tree.leaves((never, *_named(args, kwargs, argnums, self.first)))
-        for x in leaves:
-            if _is_legacy_key(x):
-                raise ValueError(
-                    "random keys must be typed, so that each group gets its own: "
-                    "jax.random.key(seed), or jax.random.wrap_key_data(key) (integers that are "
-                    f"no key: cast them to int32), got {jnp.result_type(x)}{list(x.shape)}"
-                )
         # A scalar or a key among the batch arguments belongs to every group.
         return [b and not is_key(x) and np.ndim(x) > 0 for b, x in zip(named, leaves, strict=True)]
 
@@ -324,6 +328,16 @@ def is_key(x: Any) -> bool:
 def _is_legacy_key(x: Any) -> bool:
     """Whether an array looks like the data of a key, of which JAX's own have 2 or 4 words."""
     return getattr(x, "dtype", None) == np.uint32 and np.shape(x) in ((2,), (4,))
+
+
+def _refuse_legacy_keys(leaves: list[Any]) -> None:
+    for x in leaves:
+        if _is_legacy_key(x):
+            raise ValueError(
+                "random keys must be typed, so that each group gets its own: "
+                "jax.random.key(seed), or jax.random.wrap_key_data(key) (integers that are "
+                f"no key: cast them to int32), got {jnp.result_type(x)}{list(x.shape)}"
+            )
 
 
 def _own_key(x: Any, index: jax.Array) -> Any:

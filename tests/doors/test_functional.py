@@ -188,7 +188,7 @@ def test_a_second_call_compiles_nothing():
 
 def test_errors():
     with pytest.raises(
-        ValueError, match="aux_from must be one of 'clean', 'perturbed', got 'both'"
+        ValueError, match="aux_from must be one of 'clean', 'ascent', 'perturbed', got"
     ):
         sam_optax.value_and_grad(jax_loss, aux_from="both")
     with pytest.raises(ValueError, match="microbatch_size must be at least 1, got 0"):

@@ -487,6 +487,39 @@ def test_a_step_is_the_mean_of_what_each_device_does_alone(method, devices):
         jax.tree.map(close, jax.device_get(average), stacked)
 
 
+def test_the_host_decides_for_methods_with_a_cadence(monkeypatch, tmp_path):
+    """Its word is the cadence's; other methods get none."""
+    words = {"sam": (None, None), "adaptive": (None, None), "look_sam": (True, False)}
+    for name, (first, second) in words.items():
+        job = job_of("--method", name, *WORDS.get(name, []), devices=2)
+        state = script.first_state(job, images(1)[0])
+        assert script.word_of_the_host(state.method) is first
+    batch = job.put(images(16), np.arange(16, dtype=np.int32) % 4)
+    step = lambda pay: job.over_devices(
+        functools.partial(script.train_step, pay=pay), (script.SPECS, script.P())
+    )
+    for pay in (first, second):
+        assert script.word_of_the_host(state.method) is pay
+        told, free = step(pay)(state, batch, batch), step(None)(state, batch, batch)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+        jax.tree.map(close, *jax.device_get((told, free)))
+        state, _ = told
+
+    told, over_devices = [], script.Job.over_devices  # and training asks it at every step
+
+    def spied(self, function, *rest, **options):
+        mapped = over_devices(self, function, *rest, **options)
+        pay = getattr(function, "keywords", {}).get("pay", "evaluation")
+        return lambda *args: (told.append(pay), mapped(*args))[1]
+
+    monkeypatch.setattr(script.Job, "over_devices", spied)
+    job = job_of("--method", "look_sam", "--epochs", 1, "--out", tmp_path, x=images(96))
+    data = script.Data(*[(images(96), np.arange(96, dtype=np.int32) % 4)] * 2, 4)
+    manager, state, history = script.begin(job, data)
+    script.train(job, data, manager, state, history)
+    assert [pay for pay in told if pay != "evaluation"] == [True, *[False] * 4, True]
+
+
 def test_evaluation_leaves_padding_out():
     job = job_of(devices=2)
     x, y = images(21, seed=3), np.arange(21, dtype=np.int32) % 4  # a batch of 16 and 5 of another

@@ -1,0 +1,190 @@
+"""Statistics, tables and the figure of compare_methods.py."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import _paths  # noqa: F401
+import matplotlib.pyplot as plt
+import numpy as np
+import scipy.stats
+from _report import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE, spread, welch
+
+Rows = list[dict[str, Any]]
+Ratios = dict[str, list[float]]  # quartiles of a step's time over that of the plain step
+
+GOAL = (1.1, 0.9)  # of the plain step's time at most, of SAM's gain at least
+CONFIDENCE = 0.95
+RESAMPLES = 9999
+TITLES = {
+    "steps": "At equal steps",
+    "gradients": "At equal gradients",
+    "time": "At equal time",
+}
+
+
+def share(plain: Any, sam: Any, own: Any, axis: int = -1) -> Any:
+    """The part of SAM's gain over the plain optimizer that a method keeps; NaN of no gain."""
+    plain, sam, own = (np.mean(errors, axis=axis) for errors in (plain, sam, own))
+    gain = np.where(plain > sam, plain - sam, np.nan)
+    return (plain - own) / gain
+
+
+def interval(plain: Sequence[float], sam: Sequence[float], own: Sequence[float]) -> list[float]:
+    """Of the share: percentiles over seeds drawn anew, in all three."""
+    if np.isnan(share(plain, sam, own)):
+        return [np.nan, np.nan]
+    drawn = scipy.stats.bootstrap(
+        *((plain, sam, own), share),
+        **{"paired": False, "vectorized": True, "n_resamples": RESAMPLES, "axis": -1},
+        **{"confidence_level": CONFIDENCE, "method": "percentile"},
+        random_state=np.random.default_rng(0),
+    )
+    # By hand, because a draw in which SAM gains nothing leaves the percentiles undefined.
+    outside = 50 * (1 - CONFIDENCE)
+    found = np.nanpercentile(drawn.bootstrap_distribution, (outside, 100 - outside))
+    return found.tolist()
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """Corrected for as many comparisons as there are."""
+    order = np.argsort(p)
+    steps = np.asarray(p)[order] * np.arange(len(p), 0, -1)
+    corrected = np.empty(len(p))
+    corrected[order] = np.maximum.accumulate(steps).clip(max=1)
+    return corrected
+
+
+def judged(rows: Rows) -> Rows:
+    """Adds to the rows their mean, share of SAM's gain with interval, and p-values."""
+    for row in rows:
+        row["mean"] = float(np.mean(row["errors"]))
+    plain = min((r for r in rows if r["method"] == "plain"), key=lambda row: row["mean"])
+    (sam,) = (row for row in rows if row["method"] == "sam")
+    others = [row for row in rows if row["method"] != "plain"]
+    against = [welch(row["errors"], plain["errors"]) for row in others]
+    for row, p in zip(others, holm(against), strict=True):
+        row["p against plain"] = float(p)
+    rest = [row for row in others if row is not sam]
+    for row, p in zip(rest, holm([welch(r["errors"], sam["errors"]) for r in rest]), strict=True):
+        row["p against sam"] = float(p)
+    for row in others:
+        row["share"] = float(share(plain["errors"], sam["errors"], row["errors"]))
+        # SAM's share of its own gain is 1, whatever the seeds.
+        triple = plain["errors"], sam["errors"], row["errors"]
+        row["share interval"] = [1.0, 1.0] if row is sam else interval(*triple)
+    plain["best"] = True
+    return rows
+
+
+def percent(row: dict[str, Any]) -> str:
+    if np.isnan(row.get("share", np.nan)):
+        return "-"
+    low, high = (round(100 * end) for end in row["share interval"])
+    if row["method"] == "sam":
+        return "100"
+    return f"{100 * row['share']:.0f} ({low} to {high})"
+
+
+def pages(pictures: dict[str, Rows], ratios: Ratios) -> dict[str, list[list[str]]]:
+    """Tables as cells of text, for the terminal and for pages of the documentation."""
+    found = {}
+    for name, rows in pictures.items():
+        header = ["method", "gradients a step", "step time", "steps", "test error %"]
+        header += ["% of SAM's gain", "p against SAM"]
+        cells = [
+            [
+                *(row["method"], f"{row['gradients']:.2f}"),
+                f"{ratios[row['method']][1]:.2f}" if row["method"] in ratios else "-",
+                *(str(row["steps"]), spread(row["errors"]), percent(row)),
+                f"{row['p against sam']:.1g}" if "p against sam" in row else "-",
+            ]
+            for row in sorted(rows, key=lambda row: row["mean"])
+        ]
+        found[TITLES[name]] = [header, *cells]
+    return found
+
+
+def cost(row: dict[str, Any], ratios: Ratios) -> float:
+    """Of a step over the plain one: measured, or else counted in gradients."""
+    return ratios[row["method"]][1] if row["method"] in ratios else row["gradients"]
+
+
+def advice(rows: Rows, ratios: Ratios) -> str:
+    """One sentence: who reaches the goal, or comes closest."""
+    limit, wanted = GOAL
+    if np.isnan(next(row["share"] for row in rows if row["method"] == "sam")):
+        return "SAM gains nothing over the plain optimizer here."
+    others = [row for row in rows if row["method"] not in ("plain", "sam")]
+    words = lambda row: (
+        f"{row['method']} ({cost(row, ratios):.2f} of a plain step, {percent(row)} % of SAM's gain)"
+    )
+    goal = f"{wanted:.0%} of SAM's gain at {limit:g} of a plain step or less"
+    cheap = sorted(
+        (r for r in others if cost(r, ratios) <= limit), key=lambda r: r["share"], reverse=True
+    )
+    reached = [row for row in cheap if row["share"] >= wanted]
+    if reached:
+        sure = [row for row in reached if row["share interval"][0] >= wanted]
+        claim = "so does the interval" if sure else "the interval reaches below"
+        return f"{goal}: {words((sure or reached)[0])}; {claim}."
+    enough = sorted((r for r in others if r["share"] >= wanted), key=lambda row: cost(row, ratios))
+    closest = f"none; of those so cheap {words(cheap[0])} keeps most" if cheap else "none"
+    if enough:
+        closest += f", of those that keep so much {words(enough[0])} costs least"
+    return f"{goal}: {closest}."
+
+
+def frontier(rows: Rows, ratios: Ratios) -> list[str]:
+    """The methods that none beats in both cost and share."""
+    best, names = -np.inf, []
+    for row in sorted(rows, key=lambda row: (cost(row, ratios), -row["share"])):
+        if row["share"] > best:
+            best, names = row["share"], [*names, row["method"]]
+    return names
+
+
+def draw(title: str, rows: Rows, ratios: Ratios, path: str) -> None:
+    """What a step costs against what it keeps."""
+    plt.rcParams.update(STYLE)
+    figure, axis = plt.subplots(figsize=(8.5, 5), layout="constrained")
+    rows = [row for row in rows if row["method"] != "plain"]
+    front, (limit, wanted) = frontier(rows, ratios), GOAL
+    low, high = -25, 130
+    axis.fill_between((0.9, limit), 100 * wanted, high, color=GREEN, alpha=0.15, lw=0)
+    axis.text(0.91, high - 2, "the goal", color=GREEN, va="top", size=8)
+    axis.axhline(0, color="0.5", lw=0.8, ls=":")
+    axis.axhline(100, color="0.5", lw=0.8, ls=":")
+    axis.plot(1, 0, "s", color=BLACK)
+    axis.annotate("plain optimizer", (1, 0), (6, 4), textcoords="offset points", size=8)
+    line = sorted((cost(r, ratios), 100 * r["share"]) for r in rows if r["method"] in front)
+    axis.step(*np.reshape(line, (-1, 2)).T, where="post", color=BLUE, lw=1, alpha=0.4)
+    for row in rows:
+        x, y = cost(row, ratios), 100 * row["share"]
+        at_front, is_sam = row["method"] in front, row["method"] == "sam"
+        color = ORANGE if is_sam else BLUE if at_front else GREY
+        ends = np.clip([100 * end for end in row["share interval"]], low, high)
+        shown = np.clip(y, low, high)
+        axis.vlines(x, *ends, color=color, lw=1.2 if at_front else 0.7, alpha=0.6)
+        marker = "v" if y < low else "^" if y > high else "o"
+        axis.plot(x, shown, marker, color=color, ms=6 if at_front or is_sam else 4)
+        if at_front or is_sam or row["method"].startswith(("momentum", "look", "late")):
+            size = 8 if at_front or is_sam else 6.5
+            axis.annotate(
+                row["method"],
+                (x, shown),
+                (5, 2),
+                textcoords="offset points",
+                color=color,
+                size=size,
+            )
+    measured = "measured" if ratios else "in gradients"
+    axis.set(ylim=(low, high), xlim=(0.9, None))
+    axis.set(
+        xlabel=f"cost of a step over the plain optimizer's ({measured})",
+        ylabel="% of SAM's gain in test error, at equal steps",
+    )
+    axis.set_title(
+        f"{title}\nlines: 95 % intervals over seeds; blue: no other is cheaper and better"
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,235 @@
+"""All methods of the library as optimizers of a task, with what they cost and what they tune.
+
+Every method has six settings: three radii, in the same ratio to the task's for all tasks, and two
+weight decays, or for the plain optimizer two learning rates and three decays. Other
+hyper-parameters are the library's defaults, which are the authors' values or near them.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from _tasks import Task
+
+import sam_optax
+
+MOMENTUM = 0.9  # Nesterov; multiplies the effective learning rate by 10
+WARMUP = 0.05  # of the steps, with a rising learning rate; a cosine takes it to 0 after that
+REFRESH = 100  # steps between two measurements of xsam's alpha, as eigen_sam and sparse_sam have
+FORWARD = 1 / 3  # of a gradient
+RADII = (0.25, 0.5, 1.0)  # times the method's scale and the task's radius
+TAILS = (0.1, 0.2, 0.3, 0.5)  # of the training, in which late_phase pays
+
+
+class Job(NamedTuple):
+    """What a method may need to build its optimizer; numbers are traced."""
+
+    task: Task
+    steps: Any  # of the whole training
+    lr: Any  # peak learning rate
+    weight_decay: Any
+
+    def schedule(self, moves: int = 1) -> optax.Schedule:
+        """The learning rate of an optimizer that moves several times a step."""
+
+        def learning_rate(count: jax.Array) -> jax.Array:
+            part = count / (moves * self.steps)
+            fall = jnp.clip((part - WARMUP) / (1 - WARMUP), 0, 1)
+            return self.lr * jnp.minimum(part / WARMUP, 1) * (1 + jnp.cos(jnp.pi * fall)) / 2
+
+        return learning_rate
+
+    def chain(self, method: optax.GradientTransformation) -> optax.GradientTransformation:
+        return optax.chain(method, self.base())
+
+    def base(self, moves: int = 1) -> optax.GradientTransformation:
+        matrices = lambda params: jax.tree.map(lambda w: w.ndim > 1, params)
+        rate = self.schedule(moves)
+        if self.task.optimizer == "adamw":
+            return optax.adamw(rate, weight_decay=self.weight_decay, mask=matrices)
+        return optax.chain(
+            optax.add_decayed_weights(self.weight_decay, matrices),
+            optax.sgd(rate, MOMENTUM, nesterov=True),
+        )
+
+
+Build = Callable[[Any, Job], optax.GradientTransformation]
+
+
+class Method(NamedTuple):
+    """A method in the comparison.
+
+    Attributes:
+      gradients: evaluations a step on average, a forward pass counted as a third of one.
+      scale: of its radii, over those of SAM.
+      build: its whole optimizer, from rho and the job.
+      paid: the part of the steps that a host would pay for, None without such a cadence.
+      rarely: whether it does something costly once in a while, which vmap would do at every step.
+    """
+
+    gradients: float
+    scale: float
+    build: Build
+    paid: float | None = None
+    rarely: bool = False
+
+
+def link(method: Callable[[Any], optax.GradientTransformation]) -> Build:
+    """A method that stands before the optimizer and needs rho alone."""
+    return lambda rho, job: job.chain(method(rho))
+
+
+def with_base(method: Callable[..., optax.GradientTransformation], moves: int = 1) -> Build:
+    """A method that holds the optimizer."""
+    return lambda rho, job: method(job.base(moves), rho)
+
+
+def of_batch(sharp: Callable[..., Any], job: Job) -> optax.GradientTransformation:
+    """A function (key, params, batch) -> grads as a link of the chain."""
+
+    def update(updates, key, params=None, *, batch, **extra_args):
+        next_key, key = jax.random.split(key)
+        return sharp(key, params, batch), next_key
+
+    first = lambda params: jax.random.key(0)
+    return job.chain(optax.GradientTransformationExtraArgs(first, update))
+
+
+def of_a_part(fraction: float) -> Method:
+    def build(rho: Any, job: Job) -> optax.GradientTransformation:
+        sharp = sam_optax.grad(job.task.loss, sam_optax.sam(rho), ascent_fraction=fraction)
+        return of_batch(lambda key, *args: sharp(*args), job)
+
+    return Method(1 + fraction, 1, build)
+
+
+def late(tail: float) -> Method:
+    def build(rho: Any, job: Job) -> optax.GradientTransformation:
+        start = jnp.asarray((1 - tail) * job.steps, jnp.int32)
+        return job.chain(sam_optax.late_phase(sam_optax.sam(rho), start))
+
+    return Method(1 + tail, 1, build, paid=tail)
+
+
+def looking(k: int) -> Method:
+    return Method(1 + 1 / k, 1, link(lambda rho: sam_optax.look_sam(rho, k=k)), paid=1 / k)
+
+
+def randomly(p: float) -> Method:
+    build = link(lambda rho: sam_optax.randomised(sam_optax.sam(rho), p))
+    return Method(1 + p, 1, build, paid=p)
+
+
+def esam(rho: Any, job: Job) -> optax.GradientTransformation:
+    sharp = sam_optax.esam(job.task.losses, rho)
+    return of_batch(lambda key, params, batch: sharp(key, params, batch)[1], job)
+
+
+def k_sam(rho: Any, job: Job) -> optax.GradientTransformation:
+    sharp = sam_optax.k_sam(job.task.losses, job.task.batch // 2, rho)
+    return of_batch(lambda key, params, batch: sharp(params, batch)[1], job)
+
+
+def xsam(rho: Any, job: Job) -> optax.GradientTransformation:
+    """With its alpha measured now and then."""
+
+    def update(updates, state, params=None, *, batch, **extra_args):
+        count, alpha = state
+        measure = lambda: sam_optax.xsam_alpha(
+            lambda w: job.task.loss(w, batch), params, rho=rho, rho_max=2 * rho
+        )
+        alpha = jax.lax.cond(count % REFRESH == 0, measure, lambda: alpha)
+        method = sam_optax.xsam(rho, alpha)
+        updates, _ = method.update(updates, method.init(params), params, **extra_args)
+        return updates, (count + 1, alpha)
+
+    first = lambda params: (jnp.zeros([], jnp.int32), jnp.ones([]))
+    return job.chain(optax.GradientTransformationExtraArgs(first, update))
+
+
+def bsam(rho: Any, job: Job) -> optax.GradientTransformation:
+    """It averages gradients where momentum adds them up, and has a prior in place of decay."""
+    scale, examples = 1 / (1 - MOMENTUM), len(job.task.train[1])
+    lr = lambda count: scale * job.schedule()(count)
+    return sam_optax.bsam(lr, examples, rho, prior_precision=job.weight_decay * examples)
+
+
+METHODS = {
+    "plain": Method(1, 0, lambda rho, job: job.base()),
+    "sam": Method(2, 1, link(sam_optax.sam)),
+    "asam": Method(2, 20, link(lambda rho: sam_optax.asam(rho, normalize_bias=True))),
+    "sam, second order": Method(4, 1, link(lambda rho: sam_optax.sam(rho, second_order=True))),
+    "unnormalised_sam": Method(2, 2.5, link(sam_optax.unnormalised_sam)),
+    "multi_step_sam": Method(3, 1, link(sam_optax.multi_step_sam)),
+    "gsam": Method(2, 1, link(sam_optax.gsam)),
+    "wsam": Method(2, 0.15, link(sam_optax.wsam)),
+    "decoupled_wsam": Method(
+        2, 1, lambda rho, job: sam_optax.decoupled_wsam(job.base(), job.schedule(), rho)
+    ),
+    "gradient_norm_penalty": Method(2, 1, link(sam_optax.gradient_norm_penalty)),
+    "stable_sam": Method(2, 1, link(sam_optax.stable_sam)),
+    "cr_sam": Method(3, 1, link(sam_optax.cr_sam)),
+    "xsam": Method(2.1, 1, xsam, rarely=True),
+    "fisher_sam": Method(2, 1, link(sam_optax.fisher_sam)),
+    "z_sharp": Method(2, 0.75, link(sam_optax.z_sharp)),
+    "friendly_sam": Method(2, 1, link(sam_optax.friendly_sam)),
+    "vasso": Method(2, 1, link(sam_optax.vasso)),
+    "async_sam": Method(2, 2, link(sam_optax.async_sam)),
+    "momentum_sam": Method(1, 2.5, link(sam_optax.momentum_sam)),
+    "shared_momentum_sam": Method(1, 2.5, with_base(sam_optax.shared_momentum_sam)),
+    "random_perturbation": Method(1, 0.25, link(sam_optax.random_perturbation)),
+    "eigen_sam": Method(2.1, 1, link(sam_optax.eigen_sam), rarely=True),
+    "sparse_sam": Method(2.01, 1, link(sam_optax.sparse_sam), rarely=True),
+    "look_sam, k = 5": looking(5),
+    "look_sam, k = 10": looking(10),
+    "randomised, p = 0.5": randomly(0.5),
+    "randomised, p = 0.1": randomly(0.1),
+    "adaptive": Method(  # about half of the steps, which the host cannot know
+        *(1.5, 1),
+        lambda rho, job: job.chain(sam_optax.adaptive(sam_optax.sam(rho), job.steps)),
+    ),
+    **{f"late_phase, last {tail:g}": late(tail) for tail in TAILS},
+    "sam, ascent 1/2": of_a_part(1 / 2),
+    "sam, ascent 1/4": of_a_part(1 / 4),
+    "gam": Method(4, 0.75, link(lambda rho: sam_optax.gam(rho, rho))),
+    "esam": Method(1.5 + FORWARD, 0.75, esam),
+    "k_sam": Method(1 + FORWARD, 1, k_sam),
+    "bsam": Method(2, 0.75, bsam),
+    "sampa": Method(2, 1, with_base(sam_optax.sampa)),
+    "lookbehind": Method(3, 0.75, with_base(sam_optax.lookbehind, moves=2)),
+}
+# What is not a method by itself, or cannot be one here, and why.
+LEFT_OUT = {
+    "cadenced": "takes a cadence: look_sam, late_phase, randomised, adaptive are such",
+    "draws": "takes a random method: random_perturbation is such",
+}
+SGD_ALONE = ("bsam",)  # it is an optimizer itself, tuned like SGD
+
+
+class Setting(NamedTuple):
+    lr: Any
+    weight_decay: Any
+    rho: Any
+
+
+def grid(name: str, task: Task) -> list[Setting]:
+    """The settings of a method to choose from: as many for all."""
+    if name == "plain":
+        points = itertools.product(task.plain_lrs, task.plain_decays, (0.0,))
+    else:
+        radii = [part * METHODS[name].scale * task.rho for part in RADII]
+        points = itertools.product((task.lr,), task.decays, radii)
+    return [Setting(*map(float, point)) for point in points]
+
+
+def optimizer(name: str, task: Task, setting: Setting, steps: Any) -> Any:
+    job = Job(task, steps, setting.lr, setting.weight_decay)
+    return optax.with_extra_args_support(METHODS[name].build(setting.rho, job))
+
+
+def names(task: Task) -> list[str]:
+    """The methods that suit a task."""
+    return [n for n in METHODS if task.optimizer == "sgd" or n not in SGD_ALONE]

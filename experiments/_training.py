@@ -215,7 +215,7 @@ def fit(
 
 @functools.partial(jax.jit, static_argnames="task")
 def _outputs(task: Task, trained: Trained, x: Any) -> Any:
-    still = {name: 0.0 for name, _ in task.ranges}  # apply looks some of them up
+    still = dict.fromkeys(task.searched, 0.0)  # apply looks some of them up
     return task.apply(*trained, x, None, still)[0]
 
 

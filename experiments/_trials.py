@@ -62,12 +62,12 @@ class Trials:
 
     def draw(self, method: Method, trial: int) -> Setting:
         """The hyper-parameters of a trial."""
-        ranges = {"length": LENGTHS, **dict(self.task.ranges)}
+        own = dict(dict(self.task.own).get(method.name, ()))
+        ranges = {"length": LENGTHS, **self.task.searched}
         ranges |= {"rho": self.task.rho} if method.rho else {}
-        ranges |= dict(dict(self.task.own).get(method.name, ()))
         rng = np.random.default_rng((SEARCH, trial))
-        drawn = {name: of.at(rng.random()) for name, of in ranges.items()}
-        if method.rho and "rho" not in dict(dict(self.task.own).get(method.name, ())):
+        drawn = {name: of.at(rng.random()) for name, of in (ranges | own).items()}
+        if method.rho and "rho" not in own:
             drawn["rho"] *= method.rho
         return {name: float(f"{value:.4g}") for name, value in drawn.items()}
 

@@ -62,7 +62,7 @@ def sam_of_rise(target: float, start: float = PEAK) -> optax.GradientTransformat
     def update(updates: Any, state: Any, params: Any = None, *, value: Any, **more: Any) -> Any:
         method = sam_optax.sam(state.rho)
         sharp, _ = method.update(updates, method.init(params), params, **more)
-        norm = optax.global_norm(updates)
+        norm = optax.tree.norm(updates)
         rise = state.rho * (norm + optax.tree.vdot(updates, sharp) / norm) / 2
         factor = jnp.clip(target * value / rise, 1 / FASTEST, FASTEST)
         factor = jnp.where(rise > 0, factor, jnp.where(rise <= 0, FASTEST, 1.0))  # NaN: as it was

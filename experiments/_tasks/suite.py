@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
 from _tasks import data
 from _tasks.networks import MLP, ResNet, TextTransformer, VisionTransformer
-from _tasks.task import ADAMW, Choice, LogUniform, Split, Task, linen
+from _tasks.task import Choice, LogUniform, Split, Task, linen
 
-SGD = (("lr", LogUniform(0.01, 0.5)), ("weight_decay", LogUniform(0.0005, 0.1)))
 SMOOTHING = ("smoothing", Choice((0.0, 0.1, 0.3)))
 DROPOUT = ("dropout", Choice((0.0, 0.1)))
 OLD = 5  # classes below it are for pretraining
@@ -73,7 +73,7 @@ def mlp(source: Source) -> Task:
     splits = _splits(pool, 1500, source.quick)
     return Task(
         *(_name("mlp", source.images, source), init, apply, splits),
-        optimizer="sgd", ranges=SGD, gradients=_length(source, 600), seconds=0.7,
+        optimizer="sgd", gradients=_length(source, 600), seconds=0.7,
     )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def text(source: Source) -> Task:
     splits = _splits(pool, 4000, source.quick)
     return Task(
         *(_name("text", source.text, source), init, apply, splits),
-        ranges=(*ADAMW, SMOOTHING, DROPOUT), gradients=_length(source, 400), seconds=4.2,
+        ranges=(SMOOTHING, DROPOUT), gradients=_length(source, 400), seconds=4.2,
     )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def vit(source: Source) -> Task:
     splits = _splits(pool, 2000, source.quick)
     return Task(
         *(_name("vit", source.images, source), *_vit(source, pool), splits),
-        ranges=(*ADAMW, SMOOTHING, DROPOUT), gradients=_length(source, 400), seconds=5.6,
+        ranges=(SMOOTHING, DROPOUT), gradients=_length(source, 400), seconds=5.6,
     )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def resnet(source: Source) -> Task:
     splits = _splits(pool, 2000, source.quick)
     return Task(
         *(_name("resnet", source.images, source), init, apply, splits),
-        optimizer="sgd", ranges=(*SGD, SMOOTHING), gradients=_length(source, 400), chunk=1,
+        optimizer="sgd", ranges=(SMOOTHING,), gradients=_length(source, 400), chunk=1,
         seconds=1.8,
     )  # fmt: skip
 
@@ -138,7 +138,7 @@ def fine_tuning(source: Source) -> Task:
     splits = functools.cache(lambda number: data.draw_few(new, number, few, 4000))
     return Task(
         *(_name("fine_tuning", source.images, source), start, apply, splits),
-        ranges=(("lr", LogUniform(0.0001, 0.003)), ADAMW[1], SMOOTHING, DROPOUT),
+        ranges=(("lr", LogUniform(0.0001, 0.003)), SMOOTHING, DROPOUT),
         gradients=_length(source, 300), batch=20, seconds=1.5,
     )  # fmt: skip
 
@@ -151,7 +151,7 @@ def load(name: str, source: Source) -> Task:
         raise ValueError(f"task must be one of {', '.join(TASKS)} or module:name, got {name!r}")
     module, attribute = name.split(":", 1)
     task = getattr(importlib.import_module(module), attribute)
-    task = task if isinstance(task, Task) else task()
+    task = task() if callable(task) else task
     if not isinstance(task, Task):
         raise ValueError(f"{name} must be a Task or return one, got {type(task)}")
     return dataclasses.replace(task, gradients=2 * task.chunk) if source.quick else task

@@ -43,7 +43,10 @@ class Choice(NamedTuple):
 Range = LogUniform | Choice
 
 RHO = LogUniform(0.02, 0.5)  # of SAM, unless a task says otherwise
-ADAMW = (("lr", LogUniform(0.001, 0.01)), ("weight_decay", LogUniform(0.05, 5.0)))
+SEARCHED = {  # by the optimizer, unless a task says otherwise
+    "sgd": {"lr": LogUniform(0.01, 0.5), "weight_decay": LogUniform(0.0005, 0.1)},
+    "adamw": {"lr": LogUniform(0.001, 0.01), "weight_decay": LogUniform(0.05, 5.0)},
+}
 
 
 def smoothed_cross_entropy(logits: jax.Array, y: jax.Array, hyper: Hyper) -> jax.Array:
@@ -72,8 +75,9 @@ class Task:
       gradients: gradient evaluations of a training of length 1, for every method.
       batch: examples of a step.
       optimizer: "sgd" (momentum 0.9, Nesterov, L2 on kernels) or "adamw".
-      ranges: of the hyper-parameters that all methods share: lr, weight_decay, and what loss and
-        apply look up in hyper, such as smoothing or dropout.
+      ranges: of the hyper-parameters that all methods share, as (name, range): what loss and apply
+        look up in hyper, such as smoothing or dropout; lr and weight_decay, where those of SEARCHED
+        do not suit.
       rho: range of SAM's radius. ASAM's is 10 times, momentum_sam's 5 times that.
       own: ranges that a method has instead of these, as (name of the method, ((name, range), ...)).
       loss: (outputs, y, hyper) -> loss of every example, for training.
@@ -90,7 +94,7 @@ class Task:
     gradients: int = 400
     batch: int = 100
     optimizer: str = "adamw"
-    ranges: tuple[tuple[str, Range], ...] = ADAMW
+    ranges: tuple[tuple[str, Range], ...] = ()
     rho: Range = RHO
     own: tuple[tuple[str, tuple[tuple[str, Range], ...]], ...] = ()
     loss: Callable[..., jax.Array] = smoothed_cross_entropy
@@ -99,13 +103,16 @@ class Task:
     seconds: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.optimizer not in ("sgd", "adamw"):
-            raise ValueError(f"optimizer must be 'sgd' or 'adamw', got {self.optimizer!r}")
-        if missing := {"lr", "weight_decay"} - dict(self.ranges).keys():
-            raise ValueError(f"ranges must name lr and weight_decay, got none for {missing}")
+        if self.optimizer not in SEARCHED:
+            raise ValueError(f"optimizer must be among {[*SEARCHED]}, got {self.optimizer!r}")
         for name in ("gradients", "batch", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def searched(self) -> dict[str, Range]:
+        """All hyper-parameters that methods share."""
+        return SEARCHED[self.optimizer] | dict(self.ranges)
 
 
 def wrong_labels(split: Split, share: float, seed: int) -> Split:
@@ -164,7 +171,7 @@ def nnx(make: Callable[[Any], Any]) -> tuple[Any, Any]:
 
     def apply(params: Any, state: Any, x: Any, key: Any, hyper: Hyper) -> tuple[Any, Any]:
         del hyper
-        module = flax_nnx.merge(graph, params, streams, state)
+        module = flax_nnx.merge(graph, params, streams, state, copy=True)  # moves in place
         if key is None:
             module.eval()
         else:

@@ -106,13 +106,25 @@ class Study:
         seeds: int = 8,
         tuning_seeds: int = 2,
         parser: argparse.ArgumentParser | None = None,
+        log: str | None = None,
     ):
+        """Reads the command line and the log.
+
+        Args:
+          file: of the script: its name is that of the log and of what is written.
+          doc: of the script: its first line is the title.
+          argv: the command line, None for that of the process.
+          seeds: test runs of a method, unless the command line says otherwise.
+          tuning_seeds: runs of a setting while it is chosen.
+          parser: has options of the script's own, which are then in `args`.
+          log: another script whose log, and thus runs, this one shares.
+        """
         parser = parser or argparse.ArgumentParser(description=doc.splitlines()[0])
         parser.add_argument("--out", type=Path, default=Path("results/experiments"))
         parser.add_argument("--seeds", type=int, default=seeds, help="test runs of a method")
         parser.add_argument("--quick", action="store_true", help="digits, tiny grids, for CI")
         parser.add_argument("--fresh", action="store_true", help="forget the runs of before")
-        args = parser.parse_args(argv)
+        self.args = args = parser.parse_args(argv)
         if args.seeds < 2:
             parser.error(f"--seeds must be at least 2, for a standard deviation, got {args.seeds}")
         self.name, self.out, self.quick = Path(file).stem, args.out, args.quick
@@ -120,7 +132,7 @@ class Study:
         self.tuning_seeds = 1 if self.quick else tuning_seeds
         self._begin, self._before = time.perf_counter(), 0.0
         self.circumstances = circumstances()
-        self._log = self.out / f"{self.name}{'_quick' if self.quick else ''}.jsonl"
+        self._log = self.out / f"{log or self.name}{'_quick' if self.quick else ''}.jsonl"
         self._finished: dict[str, dict[str, Any]] = {}
         self._used: dict[str, dict[str, Any]] = {}
         self._inherited: set[str] = set()  # runs of before that nobody asked for yet
@@ -130,6 +142,7 @@ class Study:
             self._read_log()
         self._write_log()
         self._bar = tqdm.tqdm(desc=self.name, unit="run", total=0, position=0, dynamic_ncols=True)
+        self._expected = False
         print(f"{doc.splitlines()[0]}\n")
 
     # The log ---------------------------------------------------------------
@@ -155,11 +168,23 @@ class Study:
         draft.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.replace(draft, self._log)  # a crash leaves the old log or the new one
 
+    def expect(self, seconds: float) -> None:
+        """Adds to the work ahead, in seconds as far as they are known, for the time left.
+
+        From then on `collect` counts the weights of runs, not runs, and expects nothing by itself.
+        """
+        if not self._expected:
+            self._bar.unit, self._expected = "s", True
+            self._bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, left {remaining}"
+        self._bar.total = max(self._bar.total + seconds, self._bar.n)
+        self._bar.refresh()
+
     def collect(
         self,
         keys: Sequence[dict[str, Any]],
         compute: Callable[[list[dict[str, Any]]], Iterable[Result]],
         lanes: int = 1,
+        weight: Callable[[dict[str, Any]], float] = lambda key: 1.0,
     ) -> list[Result]:
         """The results of runs, of which only those that are not in the log are computed.
 
@@ -168,14 +193,18 @@ class Study:
           compute: from at most so many keys as lanes to their results, in order; results beyond
             the keys, of lanes that only fill up, are dropped.
           lanes: runs that are computed together.
+          weight: of a run, its seconds as expected. Only what was not in the log is work done.
         """
         names = [json.dumps(key) for key in keys]
         missing = [key for name, key in zip(names, keys, strict=True) if name not in self._finished]
         for name in self._inherited & set(names):  # their time counts, once
             self._inherited.discard(name)
             self._before += self._finished[name]["seconds"]
-        self._bar.total += len(keys)
-        self._bar.update(len(keys) - len(missing))
+        if self._expected:
+            known = [key for name, key in zip(names, keys, strict=True) if name in self._finished]
+            self.expect(-sum(map(weight, known)))
+        else:
+            self._bar.total += len(missing)
         for start in range(0, len(missing), lanes):
             group, begin = missing[start : start + lanes], time.perf_counter()
             results = list(itertools.islice(compute(group), len(group)))
@@ -185,7 +214,9 @@ class Study:
                     entry = {"key": key, "seconds": seconds, "result": result}
                     self._finished[json.dumps(key)] = entry
                     file.write(json.dumps(entry) + "\n")
-            self._bar.update(len(group))
+            work = sum(map(weight, group))
+            self._bar.total = max(self._bar.total, self._bar.n + work)
+            self._bar.update(work)
         self._used |= {name: self._finished[name] for name in names}
         return [self._finished[name]["result"] for name in names]
 
@@ -321,6 +352,13 @@ class Study:
         self._bar.clear()
         print(f"\nClaim {claim}: {verdict}. {measured}.")
 
+    def save(self, figure: matplotlib.figure.Figure, part: str = "") -> Path:
+        """Saves a figure: of the whole, or of a part of it with a name of its own."""
+        name = f"{self.name}{'_' * bool(part)}{part}{'_quick' if self.quick else ''}"
+        figure.savefig(self.out / f"{name}.png", dpi=150)
+        plt.close(figure)
+        return self.out / f"{name}.png"
+
     def close(self) -> None:
         """Ends the bar of progress."""
         self._bar.close()
@@ -328,9 +366,7 @@ class Study:
     def finish(self, figure: matplotlib.figure.Figure) -> dict[str, Any]:
         """Saves the figure and the record of all runs; returns the record without the runs."""
         self.close()
-        name = f"{self.name}{'_quick' if self.quick else ''}"
-        figure.savefig(self.out / f"{name}.png", dpi=150)
-        plt.close(figure)
+        name = self.save(figure).stem
         record = {
             "name": self.name,
             "command": f"python experiments/{self.name}.py",

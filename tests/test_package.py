@@ -54,18 +54,6 @@ def test_the_core_needs_jax_and_optax_alone():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_family_of_the_readme_is_the_table():
-    """Every method has a row, and the rows of methods with inputs of their own name them."""
-    text = (ROOT / "README.md").read_text()
-    rows = re.findall(r"^\| `(\w+)[`(](.*)$", text[text.index("## The family") :], re.M)
-    shown = {name for name, _ in rows}
-    whole = ("method", "wrapper", "optimizer", "examples")
-    named = {name for name, member in sam_optax.FAMILY.items() if member.kind in whole}
-    assert named - {"cadenced", "draws"} <= shown, named - shown
-    rules = set(sam_optax.FAMILY) - named
-    assert not {name for name in rules if f"`{name}`" not in text}
-
-
 @pytest.mark.parametrize("module, name", FUNCTIONS, ids=lambda x: getattr(x, "__name__", x))
 def test_docstrings_say_all(module, name):
     doc = inspect.getdoc(getattr(module, name)) or ""

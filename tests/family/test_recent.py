@@ -50,7 +50,8 @@ def test_spectral_ascent_leaves_singular_directions_without_gradient_alone():
     for scale in (1.0, 1e-30, 1e30):
         ascent = sam_optax.spectral_ascent(0.5)
         e, _ = ascent.update(jax.tree.map(lambda x, s=scale: s * x, g), ascent.init(g))
-        assert_close(e["w"], 0.5 * np.outer(u, v), rtol=1e-4, atol=1e-6)
+        # What rounding has put into the other directions grows some hundredfold.
+        assert_close(e["w"], 0.5 * np.outer(u, v), rtol=0, atol=2e-4)
         assert not e["zero"].any()
 
 
@@ -301,3 +302,12 @@ def test_losses_and_clean_gradients_of_a_point_visited_anyway_are_free(name):
     x = jnp.ones((4096, 32))
     ratio = flops(step, params, x) / flops(jax.grad(loss), params, x)
     assert 1.9 < ratio < 2.2, ratio
+
+
+def test_a_step_that_is_not_finite_leaves_the_second_moment_as_it_is():
+    keep = sam_optax.keep_second_moment(0.5)
+    state = keep.update(jnp.full(2, 3.0), keep.init(jnp.zeros(2)))[1]
+    for bad in (jnp.nan, jnp.inf):
+        out, after = keep.update(jnp.array([1.0, bad]), state)
+        np.testing.assert_array_equal(after.nu, state.nu)
+        assert not np.isfinite(out).all()

@@ -81,7 +81,11 @@ def flat_lora(
     ramp = lambda count: (1 - jnp.cos(jnp.pi * jnp.minimum(count / steps, 1))) / 2
 
     def rows(params: optax.Params) -> optax.Params:
-        return jax.tree.map(_row_scale, params if merged is None else merged(params))
+        if merged is None:
+            return jax.tree.map(_row_scale, params)
+        whole = merged(params)
+        _checks.same_structure("the result of merged", whole, params)
+        return jax.tree.map(_row_scale, whole)
 
     def adapters_alone(updates: optax.Updates, params: optax.Params) -> optax.Updates:
         leaves, treedef = jax.tree.flatten(updates)

@@ -150,6 +150,17 @@ def test_flat_lora_puts_noise_on_the_frozen_rows_alone(x64):
         assert all(abs(x @ y) < 5 * np.sqrt(x.size) for y in drawn[:i])
 
 
+def test_flat_lora_says_what_does_not_fit():
+    params = {"W": jnp.ones((2, 2)), "A": jnp.ones(2)}
+    for arguments, message in (
+        ({"frozen": {"V": True}}, "mask must have the structure of params"),
+        ({"frozen": True, "merged": lambda p: p["W"]}, "the result of merged must have"),
+    ):
+        tx = sam_optax.flat_lora(steps=3, **arguments)
+        with pytest.raises(ValueError, match=message):
+            tx.update(params, tx.init(params), params, grad_fn=lambda p: p)
+
+
 # Model and loss apart.
 
 

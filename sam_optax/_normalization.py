@@ -122,7 +122,8 @@ def layerwise(eta: jax.typing.ArrayLike = 0.01, normalize_bias: bool = False) ->
       Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, section 3.
       Mueller et al., `Normalization Layers Are All That Sharpness-Aware
       Minimization Needs <https://arxiv.org/abs/2306.04226>`_, 2023, train with
-      it; their code has ||w|| (1 + eta), where eta cannot move a leaf of zeros.
+      it; their code has ||w|| (1 + eta), which over normalised leaves alone is
+      this with eta 0 and a radius of rho (1 + eta), and moves no leaf of zeros.
     """
     return _operator("layerwise", _numerics.safe_norm, eta, normalize_bias)
 

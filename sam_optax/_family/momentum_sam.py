@@ -162,7 +162,8 @@ def momentum_sam(
       Becker et al., `Momentum-SAM: Sharpness Aware Minimization without
       Computational Overhead <https://arxiv.org/abs/2401.12033>`_, 2024,
       algorithm 1. The authors' code adds L2 decay at the perturbed point, and
-      to v; `optax.add_decayed_weights` after this link acts at params.
+      to v: L2 in the loss is that; `optax.add_decayed_weights` after this link
+      acts at params.
 
     Note:
       One gradient evaluation: inside jit the gradients given are unused and

@@ -113,7 +113,8 @@ def xsam(
 
     References:
       `Revisiting Sharpness-Aware Minimization: A More Faithful and Effective
-      Implementation` (XSAM), ICLR 2026; the authors' code.
+      Implementation` (XSAM), ICLR 2026; the authors' code. For several steps of
+      ascent put `arc` over `multi_step`.
 
     Note:
       Two gradient evaluations; the search costs one forward pass per candidate.

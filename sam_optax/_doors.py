@@ -94,6 +94,11 @@ def value_and_grad(
             grads, _ = method.update(grads, state, params, **given)
             return clean, _numerics.conjugate(grads)
 
+        if "descent_grad_fn" in given:
+            raise ValueError(
+                'aux_from must be "clean" where extra_args gives descent_grad_fn, whose passes '
+                f"tell no aux, got {aux_from!r}"
+            )
         perturbed = _Perturbed(evaluate)
         grads, _ = method.update(grads, state, params, descent_grad_fn=perturbed, **given)
         if perturbed.first is None:

@@ -82,19 +82,6 @@ def test_the_module_run_says_what_to_try():
     )
 
 
-def test_the_methods_of_the_documentation_are_the_table():
-    """Every method has a row there, and every rule a word, there or in the recipe for one's own."""
-    text = (ROOT / "docs" / "methods.md").read_text()
-    rows = re.findall(r"^\| `(\w+)[`(](.*)$", text, re.M)
-    shown = {name for name, _ in rows}
-    whole = ("method", "wrapper", "optimizer", "examples")
-    named = {name for name, member in sam_optax.FAMILY.items() if member.kind in whole}
-    assert named - {"cadenced", "draws"} <= shown, named - shown
-    rules = set(sam_optax.FAMILY) - named
-    recipe = (ROOT / "docs" / "recipes" / "own_method.md").read_text()
-    assert not {name for name in rules if f"`{name}`" not in text + recipe}
-
-
 @pytest.mark.parametrize("module, name", FUNCTIONS, ids=lambda x: getattr(x, "__name__", x))
 def test_docstrings_say_all(module, name):
     doc = inspect.getdoc(getattr(module, name)) or ""

@@ -50,7 +50,8 @@ def esam(
         `jax.lax.axis_index` into the key for a P of its own.
       p: order of the norm of e, from 1 to infinity, see `dual_ascent`.
       normalization: operator T that measures e, such as `elementwise()` for
-        ASAM's, see `dual_ascent`.
+        ASAM's, see `dual_ascent`. The authors' adaptive form is
+        elementwise(0, normalize_bias=True).
       mask: leaves that are perturbed, see `dual_ascent`.
 
     Returns:

@@ -61,7 +61,8 @@ def gam(
         and beta1 = 1 the result is SAM's of radius rho_inner.
       p: order of the norm of e, from 1 to infinity, see `dual_ascent`.
       normalization: operator T that measures e, such as `elementwise()` for
-        ASAM's, see `dual_ascent`.
+        ASAM's, see `dual_ascent`; taken where the ascent starts. The authors'
+        adaptive form is elementwise(0, normalize_bias=True).
       mask: leaves that are perturbed, see `dual_ascent`.
 
     Returns:

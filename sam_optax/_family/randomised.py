@@ -129,7 +129,8 @@ def randomised(
     References:
       Zhao et al., `Randomized Sharpness-Aware Training for Boosting
       Computational Efficiency in Deep Learning
-      <https://arxiv.org/abs/2203.09962>`_, 2022.
+      <https://arxiv.org/abs/2203.09962>`_, 2022. Their G-RST weighs sharpness
+      freely in the steps paid for: `extrapolate` as the method's descent.
 
     Note:
       1 + p gradient evaluations a step.

@@ -144,7 +144,8 @@ def sparse_sam(
       Perturbation Approach <https://arxiv.org/abs/2210.05177>`_, 2022 (SSAM-F).
       The authors sum squares of single examples' gradients; here the Fisher
       information is the square of the gradient given, at step 0 and every so
-      many steps after.
+      many steps after. SSAM-D, which drops and regrows entries of a random mask,
+      is not here.
 
     Note:
       Two gradient evaluations; a boolean per parameter in the state, and some

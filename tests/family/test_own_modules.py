@@ -39,6 +39,17 @@ class NumpySGD:
         return add(w, -lr, self.velocity)
 
 
+ADAPTIVE = sam_optax.elementwise(0.0, normalize_bias=True)
+
+
+def ascent(w, g, adaptive):
+    """The direction of SAM, or of the adaptive form of several authors' code: w^2 g/||w g||."""
+    if not adaptive:
+        return unit(g)
+    size = norm({k: w[k] * g[k] for k in w})
+    return {k: w[k] ** 2 * g[k] / (size or 1) for k in w}
+
+
 def batches(count=STEPS):
     """Another batch at every step, alike to the first in its shapes."""
     return [ref.network(seed)[1] for seed in range(count)]
@@ -75,8 +86,11 @@ def train(tx, params, data=None, apart=False):
 # GAM
 
 
-@pytest.mark.parametrize("beta0, apart", [(0.3, False), (1.6, False), (0.3, True)])
-def test_gam_follows_the_authors_code(x64, beta0, apart):
+@pytest.mark.parametrize(
+    "beta0, apart, adaptive",
+    [(0.3, False, False), (1.6, False, False), (0.3, True, False), (0.3, False, True)],
+)
+def test_gam_follows_the_authors_code(x64, beta0, apart, adaptive):
     """Apart: g1 and g3 of the descent from other examples, the direction of w1 from the batch."""
     w, _ = ref.network()
     start, sgd = w, NumpySGD(w)
@@ -84,17 +98,19 @@ def test_gam_follows_the_authors_code(x64, beta0, apart):
     for batch in batches():
         below = other(batch) if apart else batch
         g0 = ref.gradient(w, batch)
-        near = add(w, r_inner, unit(g0))
+        near = add(w, r_inner, ascent(w, g0, adaptive))
         g1 = ref.gradient(near, below)
-        w1 = add(w, r, unit(add(ref.gradient(near, batch), -1, g0)))
+        growth = add(ref.gradient(near, batch), -1, g0)
+        w1 = add(w, r, ascent(w, growth, adaptive))
         g2 = ref.gradient(w1, batch)
-        g3 = ref.gradient(add(w1, r_inner, unit(g2)), below)
+        g3 = ref.gradient(add(w1, r_inner, ascent(w1, g2, adaptive)), below)
         pro_m = add(g0, abs(1 - beta0), g2)
         grad = add(scaled(beta1, g1), 1 - beta1, g3)
         cosine = dot(pro_m, grad) / (norm(grad) * norm(pro_m))
         vertical = add(pro_m, -cosine * norm(pro_m) / norm(grad), grad)
         w = sgd.step(w, add(grad, -gamma, vertical))
-    tx = optax.chain(gam(r, r_inner, beta0, beta1, gamma), base())
+    operator = ADAPTIVE if adaptive else None
+    tx = optax.chain(gam(r, r_inner, beta0, beta1, gamma, normalization=operator), base())
     assert_close(train(tx, start, apart=apart), w)
 
 
@@ -127,16 +143,19 @@ def test_gam_reduces_to_sam_and_subtracts_an_orthogonal_part(x64):
 # Decoupled WSAM
 
 
-def test_decoupled_wsam_follows_the_authors_code(x64):
+@pytest.mark.parametrize("apart", [False, True])
+def test_decoupled_wsam_follows_the_authors_code(x64, apart):
+    """Apart: the ascent alone is of the batch, all that is descended of other examples."""
     w, _ = ref.network()
     start, sgd = w, NumpySGD(w)
     rho, gamma = 0.1, 0.8
     rate = lambda t: LR / (1 + t)
     for t, batch in enumerate(batches()):
-        g = ref.gradient(w, batch)
-        sharpness = add(ref.gradient(add(w, rho, unit(g)), batch), -1, g)
+        below = other(batch) if apart else batch
+        perturbed, g = add(w, rho, unit(ref.gradient(w, batch))), ref.gradient(w, below)
+        sharpness = add(ref.gradient(perturbed, below), -1, g)
         w = add(sgd.step(w, g, rate(t)), -rate(t) * gamma / (1 - gamma), sharpness)
-    assert_close(train(decoupled_wsam(base(rate), rate, rho, gamma), start), w)
+    assert_close(train(decoupled_wsam(base(rate), rate, rho, gamma), start, apart=apart), w)
 
 
 def test_decoupled_wsam_reductions(x64):
@@ -386,8 +405,11 @@ def train_by_examples(sharp, params):
     return params, values
 
 
-@pytest.mark.parametrize("beta, gamma, chosen", [(0.6, 0.5, 4), (0.4, 0.2, 2), (0.5, 1.0, 8)])
-def test_esam_follows_the_authors_code(x64, beta, gamma, chosen):
+@pytest.mark.parametrize(
+    "beta, gamma, chosen, adaptive",
+    [(0.6, 0.5, 4, False), (0.4, 0.2, 2, False), (0.5, 1.0, 8, False), (0.6, 0.5, 4, True)],
+)
+def test_esam_follows_the_authors_code(x64, beta, gamma, chosen, adaptive):
     """But for the number of examples, which is K and not K - 1, and the mask of step one."""
     w, _ = ref.network()
     start, sgd, rho, values = w, NumpySGD(w), 0.2, []
@@ -395,12 +417,13 @@ def test_esam_follows_the_authors_code(x64, beta, gamma, chosen):
         kept = np.asarray(jax.random.bernoulli(jax.random.key(t), beta, (4,)))
         g = ref.gradient(w, (x, y))
         g = {n: g[n] * kept[i] for i, n in enumerate(sorted(g))}
-        perturbed = add(w, rho / beta, unit(g))
+        perturbed = add(w, rho / beta, ascent(w, g, adaptive))
         before, after = losses_of(np, w, x, y), losses_of(np, perturbed, x, y)
         index = np.argsort(before - after)[:chosen]
         w = sgd.step(w, ref.gradient(perturbed, (x[index], y[index])))
         values.append(before.mean())
-    end, losses = train_by_examples(esam(losses_fn, rho, beta, gamma), start)
+    sharp = esam(losses_fn, rho, beta, gamma, normalization=ADAPTIVE if adaptive else None)
+    end, losses = train_by_examples(sharp, start)
     assert_close(end, w)
     assert_close(losses, values)
 

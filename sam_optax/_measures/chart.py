@@ -240,11 +240,10 @@ def curvature(loss_fn: LossFn, place: Chart, vector: Vector, batch: Any) -> jax.
     outputs move on a straight line.
     """
 
-    def along(t: jax.Array) -> jax.Array:
-        return scalar_loss(loss_fn, place.at([t * part for part in vector]), batch)
-
     if isinstance(loss_fn, gauss_newton.GaussNewton):
         along = gauss_newton.along(*_parts(loss_fn, place, batch), place.zeros(), vector)
+    else:
+        along = lambda t: scalar_loss(loss_fn, place.at([t * part for part in vector]), batch)
 
     def slope(t: jax.Array) -> jax.Array:
         return jax.jvp(along, (t,), (jnp.ones_like(t),))[1]

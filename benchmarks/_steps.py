@@ -76,6 +76,8 @@ def through_second_door(
             return grads
 
         extra = dict.fromkeys(takes, grad_fn) | ({} if pay is None else {"pay": pay})
+        if "value_fn" in takes:
+            extra["value_fn"] = lambda params: evaluate(params)[0][0]
         updates, state = tx.update(grad_fn(params), state, params, **extra)
         loss, stats = outputs[0 if loss_from == "clean" else -1]
         return (optax.apply_updates(params, updates), state, stats, count + 1), loss

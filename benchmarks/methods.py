@@ -23,8 +23,14 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "adaptive": {"method": sam_optax.sam(), "steps": 10_000},
     "cadenced": {"method": sam_optax.sam(), "when": sam_optax.every(_steps.CYCLE)},
     "draws": {"method": sam_optax.sharpness_aware(sam_optax.gaussian_ascent()), "count": 2},
+    "flat_lora": {"frozen": False, "steps": 10_000},
     "late_phase": {"method": sam_optax.sam(), "start": 1_000_000},  # before the start
+    "late_tail": {"method": sam_optax.sam(), "steps": 1_000_000},  # before the tail
     "randomised": {"method": sam_optax.sam()},
+    "tilted": {
+        "method": sam_optax.sharpness_aware(sam_optax.gaussian_ascent(), sam_optax.keep_loss()),
+        "count": 2,
+    },
 }
 QUICK = ("plain", "floor", "asam", "k_sam")
 # These hold the optimizer and so are the whole chain.
@@ -34,6 +40,10 @@ WITH_BASE: dict[str, Callable[[optax.GradientTransformation], Any]] = {
     "lookbehind": lambda base: sam_optax.lookbehind(base),
     "sampa": lambda base: sam_optax.sampa(base),
     "shared_momentum_sam": lambda base: sam_optax.shared_momentum_sam(base),
+    "shared_preconditioned_sam": lambda base: sam_optax.shared_preconditioned_sam(
+        optax.adam(LEARNING_RATE)
+    ),
+    "sharing": lambda base: sam_optax.sharing(sam_optax.sam(), base),
 }
 
 

@@ -11,7 +11,8 @@ A perturbation is an Optax update, and a method is a composition: a cadence of
     _ascent, _joined, _descent, _cadence,    the rules that no paper owns; a method that reads its
     _payments, _sharing                      optimizer's memory; cadences told to the host
     _sharpness_aware                         the one generic method over them
-    _family/                                 one file a paper: its rules and its alias
+    _family/, _composition                   one file a paper: its rules and its alias; what a
+                                             method is made of
     _mesh, _groups, _ascent_pass, _doors,    a map of the library's own; groups of examples; passes
     _functional, _functional_sam, nnx,       over a loss; the doors for functions and modules
     equinox
@@ -27,6 +28,9 @@ from sam_optax._cadence import StepCountState as StepCountState
 from sam_optax._cadence import cadenced as cadenced
 from sam_optax._cadence import every as every
 from sam_optax._cadence import from_step as from_step
+from sam_optax._composition import Composition as Composition
+from sam_optax._composition import Part as Part
+from sam_optax._composition import composition as composition
 from sam_optax._descent import extrapolate as extrapolate
 from sam_optax._family import FAMILY as FAMILY
 from sam_optax._family import Member as Member
@@ -146,6 +150,7 @@ __version__ = "0.1.0"
 __all__ = (
     "BSAMState",
     "CadencedState",
+    "Composition",
     "DecoupledWSAMState",
     "FAMILY",
     "GAMState",
@@ -155,6 +160,7 @@ __all__ = (
     "LookbehindState",
     "Member",
     "MomentumState",
+    "Part",
     "PerturbedLossState",
     "PreviousState",
     "RunningAverageState",
@@ -174,6 +180,7 @@ __all__ = (
     "async_sam",
     "bsam",
     "cadenced",
+    "composition",
     "cr_sam",
     "curvature",
     "decoupled_wsam",

@@ -27,12 +27,13 @@ ARGUMENTS = {
     "lookbehind": {"base": optax.sgd(0.1)},
     "multi_step": {"ascent": sam_optax.dual_ascent(0.1)},
     "pmean": {"axis_name": "batch"},
+    "preconditioned_sam": {"eps": 0.01},  # or rounding would be divided by next to nothing
     "proportional_ascent": {"rho": 0.1},
     "randomised": {"method": sam_optax.sam()},
     "running_average": {"weight": 0.5},
     "sampa": {"base": optax.sgd(0.1)},
     "shared_momentum_sam": {"base": optax.sgd(0.1, momentum=0.9)},
-    "shared_preconditioned_sam": {"base": optax.adam(0.1)},
+    "shared_preconditioned_sam": {"base": optax.adam(0.1, eps=0.01), "eps": 0.01},
     "sharing": {"method": sam_optax.sam(), "base": optax.sgd(0.1)},
     "sharpness_aware": {"ascent": sam_optax.dual_ascent(0.1)},
     "spectral_ascent": {"rho": 0.1},
@@ -63,6 +64,12 @@ def exported():
 
 METHODS = sorted(exported())
 UNMAPPED = [name for name in METHODS if name != "pmean"]
+# Whole methods that need no more than the doors give: rules stand in them.
+WHOLE = [
+    name
+    for name, (kind, needs, _) in FAMILY.items()
+    if kind in ("method", "wrapper", "optimizer") and not {"value_fn", "tail_grad_fn"} & set(needs)
+]
 
 
 def as_method(name, rule):

@@ -69,8 +69,8 @@ def imb_sam(
       as much cheaper as the tail is smaller where its examples are gathered.
     """
     ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
-    along_tail = stateless(lambda g, params, tail_grad_fn: tail_grad_fn(params))
-    method = sharpness_aware(optax.chain(along_tail, ascent), stateless(_and_head))
+    ascent = optax.chain(stateless(_tail_gradient), ascent)
+    method = sharpness_aware(ascent, stateless(_add_head))
 
     def update(
         updates: optax.Updates,
@@ -93,7 +93,13 @@ def imb_sam(
     return transformation(method.init, update)
 
 
-def _and_head(
+def _tail_gradient(
+    updates: optax.Updates, params: optax.Params, tail_grad_fn: GradFn
+) -> optax.Updates:
+    return tail_grad_fn(params)
+
+
+def _add_head(
     perturbed: optax.Updates, clean: optax.Updates, params: optax.Params, tail_grad_fn: GradFn
 ) -> optax.Updates:
     """grad L_tail(w + e) + (grad L(w) - grad L_tail(w))."""

@@ -168,7 +168,8 @@ def curvature(g_s, g, e, w, grad):
 
 
 def arc(g_s, g, e, w, grad):
-    return fam.scaled(fam.norm(g_s), fam.slerp(fam.unit(g), fam.unit(g_s), 0.6))
+    start = fam.unit(e if fam.norm(e) else g)
+    return fam.scaled(fam.norm(g_s), fam.slerp(start, fam.unit(g_s), 0.6))
 
 
 def polyak_step(g_s, g, e, w, grad):

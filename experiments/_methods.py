@@ -273,6 +273,12 @@ LEFT_OUT = {
     "shared_preconditioned_sam": "needs Adam's second moment; preconditioned_sam keeps its own",
 }
 SGD_ALONE = ("bsam", "polyak_sam")  # they are optimizers, tuned like SGD
+# The default on tasks whose training takes half a minute: what costs less than SAM, and SAM.
+RESTRICTED = (
+    *("plain", "sam", "asam", "momentum_sam", "shared_momentum_sam", "look_sam, k = 5"),
+    *("randomised, p = 0.1", "sam, ascent 1/5", "late_tail, last 0.1", "late_tail, last 0.3"),
+    "plain, decay in the last 0.3",
+)
 
 
 class Setting(NamedTuple):

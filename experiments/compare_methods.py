@@ -11,7 +11,7 @@ says what a step costs and how much of SAM's gain it keeps. At equal gradients e
 many as the plain optimizer in twice those steps, its learning rate stretched over them; at equal
 time as many steps as fit into the time of those, by the times measured in phase `times`.
 
-Every method chooses among six settings (`_methods.py`) by validation errors over two seeds, anew
+Every method chooses among nine settings (`_methods.py`) by validation errors over two seeds, anew
 for each number of steps but for equal time, which keeps the settings of equal gradients. Figures
 are test errors over fresh seeds. Intervals (95 %, bootstrap over the seeds of all three) and
 p-values (Welch, Holm for many comparisons) are about seeds: for one split, one set of wrong labels.

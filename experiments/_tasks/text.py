@@ -53,7 +53,7 @@ def cities(cache: Path, quick: bool) -> Problem:
         *((c["name"].lower(), c["countrycode"]) for c in found if often[c["countrycode"]] >= 300),
         strict=True,
     )
-    return _problem("city names to 26 countries", texts, labels, LETTERS, (0.3, 1.0), quick)
+    return _problem("city names to 26 countries", texts, labels, LETTERS, (0.1, 0.3, 1.0), quick)
 
 
 def glosses(cache: Path, quick: bool) -> Problem:
@@ -62,7 +62,7 @@ def glosses(cache: Path, quick: bool) -> Problem:
     definitions = [line.split("|")[1].split(";")[0].lower() for line in lines]
     texts = [re.findall(r"[a-z]+", definition) for definition in definitions]
     kinds = [line.split()[1] for line in lines]  # lexicographer's file
-    return _problem("WordNet's nouns to 26 kinds", texts, kinds, WORDS, (1.0, 3.0), quick)
+    return _problem("WordNet's nouns to 26 kinds", texts, kinds, WORDS, (0.3, 1.0, 3.0), quick)
 
 
 def _problem(title, texts, labels, length, decays, quick) -> Problem:
@@ -82,5 +82,5 @@ def _problem(title, texts, labels, length, decays, quick) -> Problem:
     return Problem(
         *(title, model, *sets, 100, 1 if quick else 10, "adamw"),
         **{"lr": 0.004, "decays": decays, "rho": 0.1},
-        **{"plain_lrs": (0.002, 0.004), "plain_decays": (0.3, 1.0, 3.0)},
+        **{"plain_lrs": (0.001, 0.002, 0.004), "plain_decays": (0.3, 1.0, 3.0)},
     )

@@ -3,7 +3,7 @@
     python experiments/compare_methods.py                   # MNIST 14x14 with wrong labels
     python experiments/compare_methods.py --task glosses    # a transformer, clean labels
     python experiments/compare_methods.py --phase times     # on a quiet machine; others may share
-    python experiments/compare_methods.py --methods asam,momentum_sam
+    python experiments/compare_methods.py --methods asam "look_sam, k = 5"
     python experiments/compare_methods.py --quick           # few methods, few epochs, for CI
 
 Three pictures. At equal steps every method trains as long as SAM does: with the times of steps this
@@ -11,7 +11,7 @@ says what a step costs and how much of SAM's gain it keeps. At equal gradients e
 many as the plain optimizer in twice those steps, its learning rate stretched over them; at equal
 time as many steps as fit into the time of those, by the times measured in phase `times`.
 
-Every method chooses among six settings (`_methods.py`) by validation errors over two seeds, anew
+Every method chooses among nine settings (`_methods.py`) by validation errors over two seeds, anew
 for each number of steps but for equal time, which keeps the settings of equal gradients. Figures
 are test errors over fresh seeds. Intervals (95 %, bootstrap over the seeds of all three) and
 p-values (Welch, Holm for many comparisons) are about seeds: for one split, one set of wrong labels.
@@ -50,7 +50,9 @@ class Comparison:
         cache.mkdir(exist_ok=True)
         self.task = _tasks.load(args.task, cache, study.quick)
         known = _methods.names(self.task)
-        wanted = QUICK if study.quick else args.methods or known
+        usual = known if self.task.optimizer == "sgd" else _methods.RESTRICTED
+        wanted = QUICK if study.quick else args.methods or usual
+        wanted = known if wanted == ["all"] else wanted
         if unknown := set(wanted) - set(known):
             raise SystemExit(f"--methods must be among {known}, got {sorted(unknown)}")
         self.names = [name for name in known if name in (*ALWAYS, *wanted)]
@@ -154,7 +156,9 @@ def main(argv: Any = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", choices=_tasks.TASKS, default="mnist")
-    parser.add_argument("--methods", type=lambda text: text.split(","), help="some, by name")
+    parser.add_argument(
+        "--methods", nargs="+", help="some, by name, or all: on texts it is some by default"
+    )
     parser.add_argument("--phase", choices=PHASES, nargs="+", default=PHASES)
     args, _ = parser.parse_known_args(argv)
     if "--quick" in (argv or sys.argv):

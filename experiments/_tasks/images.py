@@ -17,6 +17,6 @@ def noisy_digits(name: str, cache: Path, quick: bool) -> Problem:
     return Problem(
         f"{_splits.IMAGES[name]}, {NOISE:.0%} label noise",
         *(MLP((16,) if quick else widths), *split[1:], batch, 2 if quick else epochs, "sgd"),
-        **{"lr": lr, "decays": (0.01, 0.02), "rho": 0.4},
-        **{"plain_lrs": (lr, 2 * lr), "plain_decays": (0.02, 0.03, 0.04)},
+        **{"lr": lr, "decays": (0.01, 0.02, 0.03), "rho": 0.4},
+        **{"plain_lrs": (lr, 2 * lr, 4 * lr), "plain_decays": (0.02, 0.03, 0.04)},
     )

@@ -167,6 +167,22 @@ def test_an_ascent_apart_in_the_same_precision_changes_nothing(problem, name):
     assert_same(of(ascent_dtype="float64")(*problem), of()(*problem))
 
 
+def test_all_passes_of_an_ascent_with_several_are_of_the_part(problem):
+    """As in the second door with the two functions given by hand."""
+    params, x, y = problem
+    method = optax.with_extra_args_support(sam_optax.multi_step_sam(RHO, steps=3))
+    part, whole = (
+        lambda w, count=count: jax.grad(lambda w: loss_fn(w, x[:count], y[:count])[0])(w)
+        for count in (4, 16)
+    )
+    functions = {"grad_fn": part, "descent_grad_fn": whole}
+    want, _ = method.update(part(params), method.init(params), params, **functions)
+    grads, _ = jax.jit(sam_optax.grad(loss_fn, method, has_aux=True, ascent_fraction=1 / 4))(
+        params, x, y
+    )
+    assert_same(grads, want)
+
+
 @pytest.mark.parametrize("aux_from", ["clean", "perturbed"])
 def test_a_descent_of_the_caller_beside_an_ascent_of_a_part(problem, aux_from):
     """extra_args may bring the gradient function of the descent; loss and aux stay clean."""

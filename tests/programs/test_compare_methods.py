@@ -50,7 +50,7 @@ def test_every_method_takes_a_step_that_keeps_its_state(digits):
     rows = jax.ShapeDtypeStruct((digits.batch,), jnp.int32)
     for name, method in methods.METHODS.items():
         settings = methods.grid(name, digits)
-        assert len(set(settings)) == 6, name
+        assert len(set(settings)) == 9, name
         carry = jax.eval_shape(lambda: training.first(digits, name, settings[0], 100, 0))  # noqa: B023
         for pay in (None,) if method.paid is None else (True, False):
             step = training.make_step(digits, name, settings[0], 100)

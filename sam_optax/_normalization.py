@@ -135,7 +135,7 @@ def _operator(
     def normalization(params: optax.Params) -> optax.Params:
         def leaf_operator(w):
             if not _numerics.is_perturbable(w) or (jnp.ndim(w) < 2 and not normalize_bias):
-                return jnp.ones((), jnp.float32)
+                return jnp.ones((), jnp.finfo(_numerics.wide_dtype(jnp.result_type(w))).dtype)
             return scale(_numerics.widened(w)) + eta
 
         return jax.tree.map(leaf_operator, params)

@@ -192,7 +192,11 @@ def on_mesh(kind):
     params = {"w": jnp.ones((8, 4)) / 3, "b": jnp.ones(4)}
     x = jnp.cos(jnp.arange(64.0)).reshape(8, 8)
     loss_fn = lambda params: jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
-    return mesh, {k: jax.device_put(v, NamedSharding(mesh, spec[k])) for k, v in params.items()}, loss_fn
+    return (
+        mesh,
+        {k: jax.device_put(v, NamedSharding(mesh, spec[k])) for k, v in params.items()},
+        loss_fn,
+    )
 
 
 def one_step(tx, loss_fn):

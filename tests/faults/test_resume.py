@@ -64,7 +64,7 @@ def test_from_eight_devices_onto_four(tmp_path):
     )
     params = {"w": jnp.sin(jnp.arange(64.0)).reshape(16, 4), "b": jnp.ones(4)}
     x = jnp.cos(jnp.arange(128.0)).reshape(8, 16)
-    loss_fn = lambda params: jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
+    loss_fn = lambda params: jnp.mean(jnp.tanh(x @ params["w"] + params["b"][None]) ** 2)
 
     @jax.jit
     def step(params, state):

@@ -27,7 +27,7 @@ PARAMS = {"w": jnp.cos(jnp.arange(12.0)).reshape(4, 3), "b": jnp.ones(3)}
 
 
 def loss_fn(params, x):
-    return jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
+    return jnp.mean(jnp.tanh(x @ params["w"] + params["b"][None]) ** 2)
 
 
 def batch(step):

@@ -185,8 +185,9 @@ def _dual(
         directions = [_signed_power(a, 1 / (order - 1)) for a in x]
         total = sum(jnp.sum((jnp.conj(a) * d).real) for a, d in zip(x, directions, strict=True))
         length = jnp.where(size == 0, 1, total) ** (1 / order)
-    # sign() would hide an infinite gradient for p = inf.
-    step = jnp.where(jnp.isfinite(size), radius / length, jnp.nan)
+    # NaN if the size is not finite, which sign() would hide for p = inf; no NaN is written down
+    # for a select to leave out, because jax.debug_nans would stop there.
+    step = radius / length + 0 * size
     return [
         d * step if t is None else d * t * step for d, t in zip(directions, scales, strict=True)
     ]

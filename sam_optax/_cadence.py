@@ -248,7 +248,9 @@ def choose(
         if not jnp.issubdtype(jnp.result_type(update), jnp.inexact):
             return update  # of an integer leaf, 0 or float0, as it came
         # Both branches must agree, though the clean gradient may be of lower precision.
-        return jnp.asarray(result, jnp.promote_types(update.dtype, param.dtype))
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.promote_types(update.dtype, param.dtype)
+        return jnp.asarray(result, dtype)
 
     def in_one_dtype(branch: Callable[[], tuple[Any, ...]]) -> Callable[[], tuple[Any, ...]]:
         def cast() -> tuple[Any, ...]:

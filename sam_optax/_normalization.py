@@ -137,9 +137,9 @@ def _operator(
     _checks.at_least("eta", eta, 0.0)
 
     def normalization(params: optax.Params) -> optax.Params:
-        def leaf_operator(w):
+        def leaf_operator(w: Any) -> jax.Array:
             if not _numerics.is_perturbable(w) or (jnp.ndim(w) < 2 and not normalize_bias):
-                return jnp.ones((), jnp.float32)
+                return jnp.ones((), jnp.finfo(_numerics.wide_dtype(jnp.result_type(w))).dtype)
             return scale(_numerics.widened(w)) + eta
 
         return jax.tree.map(leaf_operator, params)

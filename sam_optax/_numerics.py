@@ -20,7 +20,13 @@ def is_perturbable(leaf: Any) -> bool:
 def widened(x: jax.typing.ArrayLike) -> jax.Array:
     """The array in float32, or in its own dtype where that is wider."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide_dtype(x.dtype))
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """float32, or the dtype itself where that is wider; without a promotion, which may be off."""
+    is_wide = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32
+    return dtype if is_wide else jnp.float32
 
 
 def abs_square(x: jax.Array) -> jax.Array:
@@ -208,7 +214,9 @@ def into_ball(tree: Any, radius: Any, p: float = 2) -> Any:
         shrink = jnp.where(norm > radius, radius / nonzero(norm), 1)
         return map_wide(lambda x: shrink * x, tree)
     # abs and division, not clip: it serves complex entries as well.
-    return map_wide(lambda x: x * jnp.where(jnp.abs(x) > radius, radius / jnp.abs(x), 1), tree)
+    return map_wide(
+        lambda x: x * jnp.where(jnp.abs(x) > radius, radius / nonzero(jnp.abs(x)), 1), tree
+    )
 
 
 def safe_norm(x: jax.Array, axis: Any = None, keepdims: bool = False) -> jax.Array:

@@ -42,7 +42,7 @@ def quantile(x: jax.Array, q: Any) -> jax.Array:
     place = q * (x.size - 1)
     whole = rounded("floor", place)
     low = smallest([x], whole)
-    above = jnp.min(jnp.where(x > low, x, jnp.inf))
+    above = jnp.min(jnp.where(x > low, x, jnp.finfo(x.dtype).max))
     following = jnp.where(jnp.sum(x <= low) > whole + 1, low, above)
     weight = place - whole
     return low * (1 - weight) + jnp.where(weight == 0, 0, following) * weight

@@ -26,9 +26,10 @@ def x64():
 
     In all threads: the context manager does not reach those that run callbacks.
     """
+    before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", True)
     yield
-    jax.config.update("jax_enable_x64", False)
+    jax.config.update("jax_enable_x64", before)
 
 
 @pytest.fixture

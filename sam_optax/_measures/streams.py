@@ -9,7 +9,7 @@ examples do, unless `weighted` says otherwise.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -142,7 +142,10 @@ def mean(data: Iterable[Any], evaluate: Callable[[Any], Any]) -> tuple[Any, int]
 
 
 def means(
-    data: Iterable[Any], evaluations: int, evaluate: Callable[[int, Any], Any], tick: Callable
+    data: Iterable[Any],
+    evaluations: int,
+    evaluate: Callable[[int, Any], Any],
+    tick: Callable[[], Any],
 ) -> tuple[np.ndarray, int]:
     """Means of many scalars evaluate(i, batch) in one pass over the data."""
 
@@ -182,7 +185,7 @@ def groups(data: Iterable[Any], sizes: Iterable[int]) -> Iterator[tuple[int, int
 
 
 @contextlib.contextmanager
-def bar(progress: bool, total: int, label: str) -> Iterator[Callable[[], Any]]:
+def bar(progress: bool, total: int, label: str) -> Generator[Callable[[], Any]]:
     """A progress bar's tick, which does nothing unless progress."""
     if not progress:
         yield lambda: None

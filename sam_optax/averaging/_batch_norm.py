@@ -91,7 +91,7 @@ def estimate_batch_stats(
     rest = {name: value for name, value in variables.items() if name != "batch_stats"}
 
     def run(rest: Any, stats: Any, batch: Any) -> Any:
-        result = apply_fn({**rest, "batch_stats": stats}, batch)
+        result: Any = apply_fn({**rest, "batch_stats": stats}, batch)
         changes = result[1] if isinstance(result, tuple) and len(result) == 2 else None
         if not isinstance(changes, Mapping) or "batch_stats" not in changes:
             raise ValueError(

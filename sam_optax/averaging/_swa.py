@@ -155,4 +155,4 @@ def swa_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
 def _dtype(w: Any) -> Any:
     """That of the average of w."""
     dtype = jnp.result_type(w)
-    return jnp.promote_types(dtype, jnp.float32) if _numerics.is_perturbable(w) else dtype
+    return _numerics.wide_dtype(dtype) if _numerics.is_perturbable(w) else dtype

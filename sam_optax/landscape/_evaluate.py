@@ -79,7 +79,8 @@ def settled_batch_norm(
     """
     if statistics is None:
         return batch_norm or "frozen"
-    if not isinstance(statistics, Sequence) or len(statistics) != solutions:
+    given: Any = statistics
+    if not isinstance(given, Sequence) or len(given) != solutions:
         raise ValueError(
             f"statistics must be a sequence of {solutions} trees, one for each solution, got "
             f"{type(statistics).__name__} of {len(statistics)} "

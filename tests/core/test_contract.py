@@ -37,7 +37,7 @@ def problem(dtype=jnp.float32):
 
     def loss_fn(params, scale=1):
         x_scaled = x * jnp.where(params["on"][0], scale * params["count"][1], 0).astype(dtype)
-        return jnp.mean(jnp.tanh(x_scaled @ params["w"] + params["b"]) ** 2)
+        return jnp.mean(jnp.tanh(x_scaled @ params["w"] + params["b"][None]) ** 2)
 
     return params, loss_fn
 
@@ -234,7 +234,7 @@ def test_explicit_shardings_carry_through(name):
     """Meshes of jax.make_mesh are explicit by default: shardings are part of the types."""
     params, _ = problem()
     x = jax.random.normal(jax.random.key(0), (8, 8))
-    loss_fn = lambda params: jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
+    loss_fn = lambda params: jnp.mean(jnp.tanh(x @ params["w"] + params["b"][None]) ** 2)
     tx = build(name)
     expected, _ = jax.jit(step_of(tx, loss_fn))(params, tx.init(params))
     with jax.set_mesh(
@@ -519,7 +519,7 @@ def test_what_dual_ascent_takes_every_method_over_it_takes(name, x64):
 
     def losses(params, x):
         jax.debug.callback(points.append, params)
-        return jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2, axis=1)
+        return jnp.mean(jnp.tanh(x @ params["w"] + params["b"][None]) ** 2, axis=1)
 
     rho, p = 0.3, 4.0
     own = {

@@ -13,7 +13,7 @@ import sam_optax
 
 def loss_fn(params):
     x = jnp.cos(jnp.arange(12.0)).reshape(4, 3)
-    return jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2) + jnp.sum(params["b"] ** 4)
+    return jnp.mean(jnp.tanh(x @ params["w"] + params["b"][None]) ** 2) + jnp.sum(params["b"] ** 4)
 
 
 def real_numbers(name):

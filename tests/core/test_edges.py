@@ -83,7 +83,7 @@ def test_five_thousand_leaves():
 
 
 def test_a_batch_of_one_and_groups_of_one():
-    loss_fn = lambda w, x: jnp.mean(jnp.sum(jnp.tanh(x * w) ** 2, -1))
+    loss_fn = lambda w, x: jnp.mean(jnp.sum(jnp.tanh(x * w[None]) ** 2, -1))
     w, x = jnp.array([1.0, -2.0]), jnp.array([[0.5, 0.3], [0.2, -0.9], [1.5, 0.1]])
     sharp = functools.partial(sam_optax.value_and_grad, loss_fn, sam_optax.sam(0.1))
     each = [sharp()(w, x[i : i + 1]) for i in range(3)]
@@ -191,8 +191,12 @@ def on_mesh(kind):
     spec = {"w": PartitionSpec(None, "model"), "b": PartitionSpec("model")}
     params = {"w": jnp.ones((8, 4)) / 3, "b": jnp.ones(4)}
     x = jnp.cos(jnp.arange(64.0)).reshape(8, 8)
-    loss_fn = lambda params: jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
-    return mesh, {k: jax.device_put(v, NamedSharding(mesh, spec[k])) for k, v in params.items()}, loss_fn
+    loss_fn = lambda params: jnp.mean(jnp.tanh(x @ params["w"] + params["b"][None]) ** 2)
+    return (
+        mesh,
+        {k: jax.device_put(v, NamedSharding(mesh, spec[k])) for k, v in params.items()},
+        loss_fn,
+    )
 
 
 def one_step(tx, loss_fn):

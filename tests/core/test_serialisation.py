@@ -22,7 +22,7 @@ PARAMS = {"w": jnp.ones((4, 3)) / 3, "b": jnp.arange(3.0), "n": jnp.arange(2), "
 
 def loss_fn(params):
     x = jnp.cos(jnp.arange(8.0)).reshape(2, 4)
-    return jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
+    return jnp.mean(jnp.tanh(x @ params["w"] + params["b"][None]) ** 2)
 
 
 def step(tx, params, state):

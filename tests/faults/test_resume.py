@@ -28,7 +28,9 @@ def shared_cache(tmp_path):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    return os.environ | variables | {"JAX_NUM_CPU_DEVICES": "1"}
+    tests = str(Path(training.__file__).parent.parent)
+    paths = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
+    return os.environ | variables | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": paths}
 
 
 def test_a_run_that_is_killed_twice_ends_where_an_uninterrupted_one_does(tmp_path, shared_cache):
@@ -62,7 +64,7 @@ def test_from_eight_devices_onto_four(tmp_path):
     )
     params = {"w": jnp.sin(jnp.arange(64.0)).reshape(16, 4), "b": jnp.ones(4)}
     x = jnp.cos(jnp.arange(128.0)).reshape(8, 16)
-    loss_fn = lambda params: jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
+    loss_fn = lambda params: jnp.mean(jnp.tanh(x @ params["w"] + params["b"][None]) ** 2)
 
     @jax.jit
     def step(params, state):

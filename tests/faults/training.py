@@ -1,7 +1,8 @@
 """A training run that can die: every method with memory, SWA and the first door, with Orbax.
 
-    python training.py DIRECTORY kill_after_step   die by SIGKILL after a step that was not saved
-    python training.py DIRECTORY kill_while_saving die by SIGKILL right after a save has begun
+    PYTHONPATH=tests python tests/faults/training.py DIRECTORY kill_after_step
+    (dies by SIGKILL after a step that was not saved), or kill_while_saving (right after a save
+    has begun).
 
 Started again it goes on from the last checkpoint that is whole.
 """
@@ -16,8 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-
-sys.path[:0] = [str(Path(__file__).parent.parent)]
 from public import UNMAPPED, build
 
 import sam_optax
@@ -28,7 +27,7 @@ PARAMS = {"w": jnp.cos(jnp.arange(12.0)).reshape(4, 3), "b": jnp.ones(3)}
 
 
 def loss_fn(params, x):
-    return jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
+    return jnp.mean(jnp.tanh(x @ params["w"] + params["b"][None]) ** 2)
 
 
 def batch(step):

@@ -8,7 +8,6 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from drawn import (
     ORDINARY,
     SIZES,
@@ -51,7 +50,7 @@ def random_methods(data, params):
     return data.draw(compositions(params=params) if composed else methods(params=params)).build()
 
 
-@examples(24)
+@examples(14)
 @given(st.data())
 def test_by_hand_jitted_and_under_vmap_are_the_same_and_nothing_compiles_twice(data):
     problem = data.draw(problems(sizes=ORDINARY, dtypes=["float32", "bfloat16", "complex64"]))
@@ -83,7 +82,7 @@ def test_by_hand_jitted_and_under_vmap_are_the_same_and_nothing_compiles_twice(d
         assert_close(jax.tree.map(lambda x, i=i: x[i], batched), jitted(own, middle))
 
 
-@examples(12)
+@examples(8)
 @given(st.data())
 def test_a_scan_is_a_loop(data):
     problem = data.draw(problems(sizes=ORDINARY, dtypes=["float32"]))
@@ -114,7 +113,7 @@ STATELESS = sorted(
 )
 
 
-@examples(40)
+@examples(16)
 @given(st.data())
 def test_groups_on_one_device_are_a_loop_over_them(data):
     """The mean of what each group gives by itself, with its own perturbation."""
@@ -127,7 +126,9 @@ def test_groups_on_one_device_are_a_loop_over_them(data):
     def loss_fn(params, x):
         terms = [jnp.sum(jnp.abs(w) ** 2 / 2) for w in floats(params)]
         own = [jnp.sum((w * (i + 1)).real) for i, w in enumerate(floats(params))]
-        return jnp.mean(x[:, 0]) * sum(terms) + jnp.mean(jnp.sin(x[:, 1])) * sum(own) + jnp.zeros(())
+        return (
+            jnp.mean(x[:, 0]) * sum(terms) + jnp.mean(jnp.sin(x[:, 1])) * sum(own) + jnp.zeros(())
+        )
 
     options = {"allow_int": True}
     with jax.disable_jit():
@@ -149,7 +150,7 @@ SAVED = {
 }
 
 
-@examples(60)
+@examples(40)
 @given(st.data())
 def test_a_saved_state_goes_on_the_same(data):
     problem = data.draw(problems(sizes=ORDINARY))
@@ -159,12 +160,10 @@ def test_a_saved_state_goes_on_the_same(data):
         _, state = problem.update(tx, tx.init(problem.params))
         again = save(jax.tree.map(lambda x: x, state))
         assert_same(again, state)
-        assert_same(
-            floats(problem.update(tx, again)[0]), floats(problem.update(tx, state)[0])
-        )
+        assert_same(floats(problem.update(tx, again)[0]), floats(problem.update(tx, state)[0]))
 
 
-@examples(40)
+@examples(20)
 @given(st.data())
 def test_a_saved_transformation_is_the_same(data):
     problem = data.draw(problems(sizes=ORDINARY))
@@ -176,7 +175,7 @@ def test_a_saved_transformation_is_the_same(data):
     assert layout(results[0][1]) == layout(results[1][1])
 
 
-@examples(40)
+@examples(24)
 @given(st.data())
 def test_the_second_door_gives_what_the_first_gives(data):
     problem = data.draw(problems(sizes=ORDINARY, dtypes=["float32", "complex64"]))

@@ -1,15 +1,12 @@
 """Properties of every exported transformation, and of random compositions, on random trees."""
 
-import contextlib
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from drawn import (
     ORDINARY,
+    Problem,
     compositions,
     examples,
     is_float,
@@ -17,7 +14,7 @@ from drawn import (
     methods,
     problems,
 )
-from hypothesis import given, note
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sam_optax
@@ -48,10 +45,12 @@ def like(leaf, update):
 
 
 def all_finite(tree):
-    return all(np.isfinite(np.asarray(x, complex)).all() for x in jax.tree.leaves(tree) if is_float(x))
+    return all(
+        np.isfinite(np.asarray(x, complex)).all() for x in jax.tree.leaves(tree) if is_float(x)
+    )
 
 
-@examples(150)
+@examples(120)
 @given(st.data())
 def test_a_step_keeps_structure_dtypes_state_and_what_it_was_given(data):
     problem = data.draw(problems())
@@ -68,7 +67,7 @@ def test_a_step_keeps_structure_dtypes_state_and_what_it_was_given(data):
     assert_same((problem.params, problem.gradient, tx.init(problem.params)), before)
 
 
-@examples(60)
+@examples(40)
 @given(st.data())
 def test_ordinary_gradients_give_finite_updates_and_memory(data):
     problem = data.draw(problems(sizes=ORDINARY))
@@ -87,28 +86,35 @@ LATE = {"async_sam", "previous", "sampa"}
 @examples(80)
 @given(st.data())
 def test_a_nonfinite_gradient_shows_and_is_not_remembered(data):
-    """In one entry of one leaf, in both passes, after a good step."""
+    """In one entry of one leaf, in the clean pass, the others or all, after a good step."""
     problem = data.draw(problems(sizes=ORDINARY))
     method = data.draw(methods(params=problem.params))
     places = [x for x in jax.tree.leaves(problem.gradient) if is_float(x) and x.size]
     if not places:
         return
-    tx = method.build()
+    tx, good = method.build(), problem.grad_fn
     _, state = problem.update(tx, tx.init(problem.params))
-    bad, place = data.draw(st.sampled_from([np.nan, np.inf, -np.inf])), data.draw(
-        st.integers(0, len(places) - 1)
+    bad, which = (
+        data.draw(st.sampled_from([np.nan, np.inf, -np.inf])),
+        data.draw(st.sampled_from(["clean", "perturbed", "both"])),
     )
-    poisoned = lambda x: x.at[(0,) * x.ndim].set(bad) if x is places[place] else x
-    problem.gradient = jax.tree.map(poisoned, problem.gradient)
-    updates, after = problem.update(tx, state)
-    if method.name not in LATE:
+    place = places[data.draw(st.integers(0, len(places) - 1))]
+    poisoned = lambda x: x.at[(0,) * x.ndim].set(bad) if x is place else x
+    gradient = jax.tree.map(poisoned, problem.gradient)
+    sick = Problem(problem.params, gradient, problem.curvature).grad_fn
+    clean, other = (sick if which in (name, "both") else good for name in ("clean", "perturbed"))
+    extra = {"grad_fn": other, "previous_grad_fn": other, "value": 1.0}
+    updates, after = tx.update(clean(problem.params), state, problem.params, **extra)
+    perturbs = method.arguments.get("mask") is None
+    sees = which == "both" or (which == "clean" and perturbs and method.uses_clean)
+    if sees and method.name not in LATE:
         assert not all_finite(updates)
     # The base optimizer's memory is the base optimizer's: apply_if_finite has it whole.
     if sam_optax.FAMILY.get(method.name, ("method",))[0] != "optimizer":
         assert all_finite(after)
 
 
-@examples(60)
+@examples(40)
 @given(st.data())
 def test_a_zero_gradient_moves_nothing(data):
     problem = data.draw(problems(sizes=["zero"]))
@@ -119,7 +125,8 @@ def test_a_zero_gradient_moves_nothing(data):
     tx, points = method.build(), []
 
     def grad_fn(w):
-        points.append(copied(w))
+        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(w)):
+            points.append(copied(w))  # of a Hessian-vector product nothing is seen
         return problem.grad_fn(w)
 
     state = tx.init(problem.params)
@@ -132,7 +139,7 @@ def test_a_zero_gradient_moves_nothing(data):
 
 # Kinds of which rho = 0 has to leave the gradient given, to rounding of the sizes that they divide
 # by and multiply with again.
-@examples(80)
+@examples(50)
 @given(st.data())
 def test_a_radius_of_zero_is_the_base_optimizer(data):
     problem = data.draw(problems(sizes=[*ORDINARY, "huge"]))
@@ -154,7 +161,7 @@ def test_a_radius_of_zero_is_the_base_optimizer(data):
     jax.tree.map(close, updates, problem.gradient)
 
 
-@examples(100)
+@examples(60)
 @given(st.data())
 def test_a_random_composition_keeps_the_contract(data):
     problem = data.draw(problems(sizes=ORDINARY))
@@ -170,7 +177,7 @@ def test_a_random_composition_keeps_the_contract(data):
     assert_same((problem.params, problem.gradient), before)
 
 
-@examples(60)
+@examples(40)
 @given(st.data())
 def test_all_of_a_composition_may_be_paid_for_or_not_by_the_host(data):
     """pay= has the branch that the cadence would have chosen."""

@@ -61,6 +61,10 @@ def new_params() -> list[jax.Array]:
     return [jax.random.normal(key, (WIDTH, WIDTH)) / WIDTH**0.5 for key in keys]
 
 
+def parameters() -> int:
+    return LAYERS * WIDTH**2
+
+
 def new_batch() -> tuple[jax.Array, jax.Array]:
     x = jax.random.normal(jax.random.key(1), (EXAMPLES, WIDTH))
     return x, jnp.roll(x, 1, axis=1)
@@ -164,11 +168,10 @@ def _permuted(dims: list[int], order: str | None) -> np.ndarray:
 
 def count(program: jax.stages.Compiled) -> dict[str, Any]:
     """Volumes in parameters of the network, memory in what a device holds of them at the least."""
-    parameters = LAYERS * WIDTH**2
     row: dict[str, Any] = dict.fromkeys((*KINDS.values(), "between hosts"), 0.0)
     for collective in moved(program):
-        row[collective["kind"]] += collective["elements"] / parameters
-        row["between hosts"] += collective["elements"] / parameters * collective["between"]
+        row[collective["kind"]] += collective["elements"] / parameters()
+        row["between hosts"] += collective["elements"] / parameters() * collective["between"]
     row["temporary MB"] = program.memory_analysis().temp_size_in_bytes / 1e6
     return row
 
@@ -303,8 +306,12 @@ def blocks(results: dict[str, Any]) -> dict[str, str]:
 
 
 def filled(page: str, results: dict[str, Any]) -> str:
+    return replaced(page, blocks(results))
+
+
+def replaced(page: str, texts: dict[str, str]) -> str:
     """The page with its blocks between <!-- name --> and <!-- end --> written anew."""
-    for name, text in blocks(results).items():
+    for name, text in texts.items():
         pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
         page = re.sub(pattern, lambda _, n=name, t=text: block(n, t), page, flags=re.DOTALL)
     return page

@@ -123,14 +123,19 @@ def largest_difference(a: Any, b: Any) -> float:
     return float(max(jax.tree.leaves(differences)))
 
 
-def all_reduced_elements(compiled: jax.stages.Compiled) -> int:
-    """Numbers that a step sums over devices; elements, as the compiler may merge operations."""
+def elements(compiled: jax.stages.Compiled, kind: str) -> int:
+    """Numbers that collectives of a kind yield; not operations, as the compiler may merge these."""
     shapes = [
         shape
-        for result in re.findall(r"= (.*) all-reduce(?:-start)?\(", compiled.as_text())
+        for result in re.findall(rf"= (.*?) {kind}(?:-start)?\(", compiled.as_text())
         for shape in re.findall(r"[a-z]\d+\[([\d,]*)\]", result)
     ]
     return sum(int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes)
+
+
+def all_reduced_elements(compiled: jax.stages.Compiled) -> int:
+    """Numbers that a step sums over devices."""
+    return elements(compiled, "all-reduce")
 
 
 def size(tree: Any) -> int:

@@ -150,6 +150,24 @@ def test_the_page_quotes_the_results(communication, committed):
         assert communication.block(name, text) in page
 
 
+def test_the_page_on_growth_quotes_the_model(monkeypatch, communication, committed):
+    interconnect = __import__("interconnect")
+    rows = committed["volumes"]["rows"]
+    found = interconnect.simulate(rows, interconnect.Work(), interconnect.Machine())
+    page = (ROOT / "docs" / "growth.md").read_text()
+    assert communication.block("growth", interconnect.table(found)) in page
+    for row in found:
+        assert row["shared"] == pytest.approx(2 * row["SGD"], rel=0.01)
+        assert row["SGD"] < row["group"] <= row["shared"] * 1.0001
+    # Without overlap, on hosts of one device: one ring, whose terms are those of the formula.
+    machine = interconnect.Machine(devices=1, latency_between=1e-6, bandwidth_between=1e9)
+    work = interconnect.Work(parameters=1e6, gradient=0.0)
+    seconds = interconnect.step_time(rows, "data parallel", "SGD", 64, work, machine)
+    ring = 63e-6 + 63 / 64 * 4e6 / 1e9
+    assert seconds == pytest.approx(2 * ring, rel=1e-3)
+    assert interconnect.one_way(64, 8.0, 1e-6, 1e9) == pytest.approx(6e-6, rel=0.01)  # a tree
+
+
 def test_a_jitted_step_changes_in_two_lines():
     diff = re.search(r"```diff\n(.*?)```", PAGE.read_text(), re.DOTALL)[1].splitlines()
     assert sum(line.startswith("+") for line in diff) == 2

@@ -234,7 +234,7 @@ DRAWS = KINDS[: 1 if jax.__version_info__ < (0, 10) else None]
 
 
 @pytest.mark.parametrize("kind", DRAWS, ids=str)
-@pytest.mark.parametrize("size, together", [(4, True), (2, 8), (1, 16)], ids=str)
+@pytest.mark.parametrize("size, together", [(4, True), (1, 16)], ids=str)
 @pytest.mark.usefixtures("optimised")
 def test_groups_evaluated_together_stay_on_their_devices(problem, kind, size, together):
     """Without mesh=: of a batch that jit shards nothing moves, whatever groups take turns."""
@@ -437,7 +437,7 @@ def carried(w, x):
     """Starts from a parameter, and is made of activations from the second turn on."""
 
     def turn(h, row):
-        return h + row, jax.lax.all_gather(h * row, "data")
+        return h + row, jax.lax.all_gather(h, "data")
 
     return jnp.mean(jax.lax.scan(turn, w[0, 0], x)[1] ** 2)
 

@@ -126,8 +126,10 @@ def test_what_each_costs():
     alone = flops(sam_optax.nnx.grad(loss_fn, sam_optax.sam(RHO), wrt=nnx.LoRAParam))
     whole = flops(sam_optax.nnx.grad(loss_fn, sam_optax.sam(RHO, mask=is_base)))
     both = flops(sam_optax.nnx.grad(loss_fn, sam_optax.sam(RHO)))
-    assert alone == pytest.approx(2 * plain, rel=0.02)
-    assert whole - alone == pytest.approx(layers, rel=0.15)  # gradients of the weights, once
+    # The first product with a weight that nothing moves is the same in both passes.
+    assert 2 * plain - alone == pytest.approx(1, abs=0.1)
+    # Here it is not, and the gradients of the weights come on top, once.
+    assert whole - alone == pytest.approx(layers + 1, abs=0.3)
     assert both == pytest.approx(whole, rel=0.05)
 
 

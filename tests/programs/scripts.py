@@ -7,7 +7,12 @@ import sys
 ROOT = pathlib.Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 # Run by tests/core/test_multi_device.py: how far they may be from the definition they compare with.
-SEVERAL_DEVICES = {"pmap_training": 1e-5, "shard_map_training": 1e-5, "multi_process": 1e-12}
+SEVERAL_DEVICES = {
+    "pmap_training": 1e-5,
+    "shard_map_training": 1e-5,
+    "jit_sharded": 1e-5,
+    "multi_process": 1e-12,
+}
 
 
 def run_example(path: pathlib.Path, out: pathlib.Path) -> None:

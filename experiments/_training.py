@@ -234,5 +234,5 @@ def outputs(task: Task, trained: Trained, x: Any) -> np.ndarray:
 
 
 def error(task: Task, said: np.ndarray, y: np.ndarray) -> float:
-    """Mean in %."""
-    return 100 * float(np.mean(task.error(said, y)))
+    """Mean in %; what is not a number is an error."""
+    return 100 * float(np.nan_to_num(task.error(said, y), nan=1.0).mean())

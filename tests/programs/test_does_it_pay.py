@@ -541,6 +541,41 @@ def test_bad_arguments(tmp_path, arguments, message):
         module("does_it_pay").main(["--quick", "--out", str(tmp_path), *arguments])
 
 
+def test_the_page_of_results_has_all_tables():
+    run_all = module("run_all")
+    record = {"date": "2026-01-02T00:00", "cores": 2, "device": "1 x cpu", "seconds": 90.0}
+    found = run_all.results([record | {"versions": {"jax": "1"}}] * 2, "| claim |", "| pays |")
+    assert all(part in found for part in ("2026-01-02", "3 minutes", "| claim |", "| pays |"))
+    assert "PREREGISTERED" in found and (FOLDER / "PREREGISTERED.md").exists()
+    # The scripts that share the log of another run after it.
+    after = run_all.NAMES.index(run_all.FIRST)
+    assert all(run_all.NAMES.index(name) > after for name in run_all.SHARING)
+
+
+def test_a_shared_log_is_not_forgotten(tmp_path):
+    harness = module("_harness")
+    options = ["--out", str(tmp_path)]
+    keys, ran = [{"seed": 0}, {"seed": 1}], []
+    run = lambda group: [ran.append(key) or {"error": 1.0} for key in group]
+    harness.Study("one.py", "Title.", options).collect(keys, run)
+    harness.Study("two.py", "Title.", [*options, "--fresh"], log="one").collect(keys, run)
+    assert len(ran) == 2
+    harness.Study("one.py", "Title.", [*options, "--fresh"]).collect(keys, run)
+    assert len(ran) == 4
+
+
+def test_the_time_left_counts_only_what_is_missing(tmp_path):
+    harness = module("_harness")
+    keys = [{"seed": seed} for seed in range(4)]
+    run, weight = (lambda group: [{"error": 1.0}] * len(group)), (lambda key: 2.0 + key["seed"])
+    study = lambda: harness.Study("one.py", "Title.", ["--out", str(tmp_path)])
+    study().collect(keys[:2], run)
+    again = study()
+    again.expect(sum(map(weight, keys)))
+    again.collect(keys, run, 1, weight)
+    assert again._bar.n == again._bar.total == 4 + 5
+
+
 def test_what_was_fixed_beforehand_is_what_runs():
     text = " ".join((FOLDER / "PREREGISTERED.md").read_text().split())
     trials, rules, task = module("_trials"), module("rho_rules"), module("_tasks.task")

@@ -260,7 +260,7 @@ def test_fit_is_a_plain_loop(small):
     x, y = blobs(0).train
     shape = optax.warmup_cosine_decay_schedule(0, 1, 50, 1000)
     tx = optax.chain(
-        optax.add_decayed_weights(0.001, training.kernels),
+        optax.add_decayed_weights(0.01, lambda params: jax.tree.map(lambda w: w.ndim > 1, params)),
         optax.sgd(lambda count: 0.1 * shape(50 * count), 0.9, nesterov=True),
     )
     params, _ = small.init(jax.random.key(3))
@@ -274,7 +274,8 @@ def test_fit_is_a_plain_loop(small):
         grads = jax.grad(loss)(optax.apply_updates(params, e))
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-    found = training.fit(small, training.SAM, SETTING, 3, blobs(0).train, 20)
+    setting = SETTING | {"weight_decay": 0.01}
+    found = training.fit(small, training.SAM, setting, 3, blobs(0).train, 20)
     for a, b in zip(jax.tree.leaves(params), params_of(found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
@@ -429,6 +430,10 @@ def test_calibration_error():
         0, abs=1e-4
     )
     assert after.calibration_error(logits, np.array([1] * 10)) == pytest.approx(80, rel=1e-4)
+    # Two bins whose gaps do not make up for each other: .8 - 1 and .6 - .4.
+    logits = np.log(np.array([[0.8, 0.2]] * 5 + [[0.6, 0.4]] * 5))
+    found = after.calibration_error(logits, np.array([0] * 5 + [0, 0, 1, 1, 1]))
+    assert found == pytest.approx(20, rel=1e-4)
 
 
 def test_noise_of_the_input():

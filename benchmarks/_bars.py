@@ -15,6 +15,7 @@ STEP_TIME = (  # step, ratio to, highest
     ("late_phase, host", "over plain", 1.02),
     ("randomised, host", "over plain", 1.55),
     ("momentum_sam, chain", "over plain", 1.1),
+    ("shared_momentum_sam", "over plain", 1.05),
 )
 PROGRAM = (
     ("loss traces", 1),

@@ -18,6 +18,8 @@ import sam_optax
 RHO = 0.05
 LEARNING_RATE = 1e-4  # so low that thousands of steps leave the problem as it is
 NEARBY = 1e-6  # the floor's second gradient is taken this fraction of the first one away
+BATCH = (3, 4)  # x and y among the arguments of the losses
+PARTS = (2, 4, 8)  # of the batch, from which the ascent is taken
 CYCLE = 5  # steps in a turn: whole cycles of look_sam(k=5)
 
 OPTIMIZERS = {
@@ -74,6 +76,8 @@ def through_second_door(
             return grads
 
         extra = dict.fromkeys(takes, grad_fn) | ({} if pay is None else {"pay": pay})
+        if "value_fn" in takes:
+            extra["value_fn"] = lambda params: evaluate(params)[0][0]
         updates, state = tx.update(grad_fn(params), state, params, **extra)
         loss, stats = outputs[0 if loss_from == "clean" else -1]
         return (optax.apply_updates(params, updates), state, stats, count + 1), loss
@@ -145,6 +149,26 @@ def comparison(problem: Problem, optimizer: str) -> dict[str, Callable[[], Step]
         "sam": first(sharp(sam_optax.sam(RHO))),
         "sam, chain": chained(sam_optax.sam(RHO)),
         "asam": first(sharp(sam_optax.asam(0.5))),
+        **{
+            f"sam, ascent 1/{n}": first(
+                sharp(
+                    sam_optax.sam(RHO),
+                    ascent_fraction=1 / n,
+                    batch_argnums=BATCH,
+                    aux_from="ascent",
+                )
+            )
+            for n in PARTS
+        },
+        "sam, ascent 1/4, clean loss": first(  # and clean statistics: a forward pass more
+            sharp(sam_optax.sam(RHO), ascent_fraction=1 / 4, batch_argnums=BATCH)
+        ),
+        "sam, ascent bfloat16": first(
+            sharp(sam_optax.sam(RHO), ascent_dtype=jnp.bfloat16, aux_from="ascent")
+        ),
+        "shared_momentum_sam": lambda: through_second_door(  # for bases that have a momentum
+            problem, sam_optax.shared_momentum_sam(base), loss_from="perturbed"
+        ),
         "momentum_sam, chain": lambda: through_second_door(
             problem, optax.chain(sam_optax.momentum_sam(), base), loss_from="perturbed"
         ),

@@ -139,6 +139,13 @@ def megabytes(program: Any) -> tuple[float, float]:
     return analysis.temp_size_in_bytes / 1e6, analysis.argument_size_in_bytes / 1e6
 
 
+def peak_megabytes(program: Any) -> float:
+    """What a step of a compiled program holds at most, donated arguments and results once."""
+    analysis = program.memory_analysis()
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return (analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + results) / 1e6
+
+
 def operations(program: Any) -> dict[str, int]:
     """Instructions of a compiled program, in all and of the kinds that cost passes over memory."""
     kinds = re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = .*? ([a-z][\w-]*)\(", program.as_text(), re.M)

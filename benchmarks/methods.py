@@ -23,9 +23,16 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "adaptive": {"method": sam_optax.sam(), "steps": 10_000},
     "cadenced": {"method": sam_optax.sam(), "when": sam_optax.every(_steps.CYCLE)},
     "draws": {"method": sam_optax.sharpness_aware(sam_optax.gaussian_ascent()), "count": 2},
+    "flat_lora": {"frozen": False, "steps": 10_000},
     "late_phase": {"method": sam_optax.sam(), "start": 1_000_000},  # before the start
+    "late_tail": {"method": sam_optax.sam(), "steps": 1_000_000},  # before the tail
     "randomised": {"method": sam_optax.sam()},
+    "tilted": {
+        "method": sam_optax.sharpness_aware(sam_optax.gaussian_ascent(), sam_optax.keep_loss()),
+        "count": 2,
+    },
 }
+QUICK = ("plain", "floor", "asam", "k_sam")
 # These hold the optimizer and so are the whole chain.
 WITH_BASE: dict[str, Callable[[optax.GradientTransformation], Any]] = {
     "bsam": lambda base: sam_optax.bsam(LEARNING_RATE, data_size=10_000),
@@ -33,6 +40,10 @@ WITH_BASE: dict[str, Callable[[optax.GradientTransformation], Any]] = {
     "lookbehind": lambda base: sam_optax.lookbehind(base),
     "sampa": lambda base: sam_optax.sampa(base),
     "shared_momentum_sam": lambda base: sam_optax.shared_momentum_sam(base),
+    "shared_preconditioned_sam": lambda base: sam_optax.shared_preconditioned_sam(
+        optax.adam(LEARNING_RATE)
+    ),
+    "sharing": lambda base: sam_optax.sharing(sam_optax.sam(), base),
 }
 
 
@@ -96,7 +107,7 @@ def _on_examples(problem: Problem, base: optax.GradientTransformation, name: str
 def measure(options: _timing.Options) -> list[dict[str, Any]]:
     """A row for each method, on the first model."""
     problem = _models.problem(options.models[0], options.size)
-    compared = _timing.fewer(steps(problem), options, "plain", "floor", "asam", "k_sam")
+    compared = _timing.fewer(steps(problem), options, *QUICK)
     turns, programs = _timing.compare(compared, problem.batch, _steps.CYCLE)
     seconds, _ = _timing.paired(turns, options.repeats)
     params = _models.count(problem.params) * 4e-6
@@ -106,6 +117,7 @@ def measure(options: _timing.Options) -> list[dict[str, Any]]:
             "method": name,
             "ms": _timing.quartiles(1e3 * seconds[name] / _steps.CYCLE),
             "over plain": _timing.ratio(seconds, name, "plain"),
+            "over floor": _timing.ratio(seconds, name, "floor"),
             "extra": (temp[name] - temp["plain"]) / params,
             "instructions": _timing.operations(programs[name])["instructions"],
         }

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from _models import Problem
-from _steps import RHO, Step
+from _steps import BATCH, RHO, Step
 
 import sam_optax
 
@@ -28,7 +28,6 @@ MODES: dict[str, dict[str, Any]] = {
     "two at a time": {"vectorize": 2},
     "all at once": {"vectorize": True},
 }
-BATCH = (3, 4)  # x and y among the arguments of the losses
 
 
 def steps(problem: Problem, groups: int) -> dict[str, Callable[[], Step]]:
@@ -69,14 +68,11 @@ def measure(options: _timing.Options) -> list[dict[str, Any]]:
     for model in options.models:
         problem = _models.problem(model, options.size)
         base = _steps.OPTIMIZERS["sgd"]()
-        reference = {
-            "sam": lambda p=problem, b=base: _steps.through_first_door(
-                p, b, _steps.sharp(sam_optax.sam(RHO))
-            )
-        }
+        first = lambda rule, p=problem, b=base: lambda: _steps.through_first_door(p, b, rule)
+        reference = {"sam": first(_steps.sharp(sam_optax.sam(RHO))), "floor": first(_steps.floor)}
         for groups in GROUPS[-1:] if options.quick else GROUPS:
             competitors = reference | steps(problem, groups)
-            competitors = _timing.fewer(competitors, options, "sam", "automatic", "two at a time")
+            competitors = _timing.fewer(competitors, options, "sam", "floor", "automatic")
             turns, programs = _timing.compare(competitors, problem.batch, 1)
             seconds, _ = _timing.paired(turns, options.repeats)
             temp = {name: _timing.megabytes(program)[0] for name, program in programs.items()}

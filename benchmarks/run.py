@@ -22,6 +22,7 @@ from typing import Any
 import _bars
 import _figures
 import _models
+import _pages
 import _paths  # noqa: F401
 import _steps
 import _timing
@@ -29,6 +30,7 @@ import devices
 import growth
 import jax
 import matplotlib
+import memory
 import methods
 import micro_batches
 import program
@@ -42,6 +44,7 @@ REPEATS = 40  # turns of every competitor; the median of 40 is known to about a 
 TABLES = {  # name -> (what it shows, function of the options)
     "step_time": ("Step time", step_time.measure),
     "methods": ("All methods, SGD, first model", methods.measure),
+    "memory": ("Peak memory of all methods, SGD, first model", memory.measure),
     "program": ("Trace, lower and compile time; memory; program", program.measure),
     "micro_batches": ("m-sharpness over micro-batches", micro_batches.measure),
     "microbatches": ("Growth with the number of groups", micro_batches.growth),
@@ -78,6 +81,15 @@ def show(title: str, rows: list[dict[str, Any]]) -> str:
         for line in cells
     ]
     return "\n".join(["", title, *lines])
+
+
+def rounded(tree: Any) -> Any:
+    """Floats to five figures, more than a time can tell, so that a result is small on disk."""
+    if isinstance(tree, dict):
+        return {name: rounded(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [rounded(value) for value in tree]
+    return float(f"{tree:.5g}") if isinstance(tree, float) else tree
 
 
 def plan(options: _timing.Options) -> list[dict[str, Any]]:
@@ -154,9 +166,9 @@ def main() -> None:
         tables[name] = measured(name, options)
         tqdm.tqdm.write(show(TABLES[name][0], tables[name]))
         reached = _bars.bars(tables)
-        everything = found | {"tables": tables, "bars": reached}
+        everything = found | {"tables": tables, "bars": reached, "pages": _pages.pages(tables)}
         # After each table, so that a run that is stopped leaves what it has.
-        (args.out / "benchmarks.json").write_text(json.dumps(everything, indent=1))
+        (args.out / "benchmarks.json").write_text(json.dumps(rounded(everything)))
     if reached:
         print(show("Bars", reached))
     for path in _figures.draw(tables, args.out):

@@ -49,6 +49,8 @@ def circumstances(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
+        # Of the last 1, 5 and 15 minutes, where the system tells.
+        "load": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "device": f"{len(devices)} x {devices[0].platform}: {devices[0].device_kind}",
         "versions": versions | {name: importlib.metadata.version(name) for name in packages},
     }

@@ -7,7 +7,7 @@ import _paths  # noqa: F401
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
-from _report import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE, spread, welch
+from _report import BLUE, GREEN, ORANGE, STYLE, spread, welch
 
 Rows = list[dict[str, Any]]
 Ratios = dict[str, list[float]]  # quartiles of a step's time over that of the plain step
@@ -114,7 +114,9 @@ def advice(rows: Rows, ratios: Ratios) -> str:
     limit, wanted = GOAL
     if np.isnan(next(row["share"] for row in rows if row["method"] == "sam")):
         return "SAM gains nothing over the plain optimizer here."
-    others = [row for row in rows if row["method"] not in ("plain", "sam")]
+    others = [
+        row for row in rows if row["method"] != "sam" and not row["method"].startswith("plain")
+    ]
     words = lambda row: (
         f"{row['method']} ({cost(row, ratios):.2f} of a plain step, {percent(row)} % of SAM's gain)"
     )
@@ -144,47 +146,49 @@ def frontier(rows: Rows, ratios: Ratios) -> list[str]:
 
 
 def draw(title: str, rows: Rows, ratios: Ratios, path: str) -> None:
-    """What a step costs against what it keeps."""
+    """What a step costs against what it keeps; points have numbers, and names beside."""
     plt.rcParams.update(STYLE)
-    figure, axis = plt.subplots(figsize=(8.5, 5), layout="constrained")
-    rows = [row for row in rows if row["method"] != "plain"]
+    figure, (axis, names) = plt.subplots(
+        1, 2, figsize=(11, 6), layout="constrained", width_ratios=(3.2, 1)
+    )
+    rows = [row for row in rows if row["method"] != "plain" and not np.isnan(row["share"])]
+    rows.sort(key=lambda row: (cost(row, ratios), -row["share"]))
     front, (limit, wanted) = frontier(rows, ratios), GOAL
     low, high = -25, 130
     axis.fill_between((0.9, limit), 100 * wanted, high, color=GREEN, alpha=0.15, lw=0)
     axis.text(0.91, high - 2, "the goal", color=GREEN, va="top", size=8)
-    axis.axhline(0, color="0.5", lw=0.8, ls=":")
-    axis.axhline(100, color="0.5", lw=0.8, ls=":")
-    axis.plot(1, 0, "s", color=BLACK)
-    axis.annotate("plain optimizer", (1, 0), (6, 4), textcoords="offset points", size=8)
-    line = sorted((cost(r, ratios), 100 * r["share"]) for r in rows if r["method"] in front)
+    for level, label in ((0, "plain optimizer"), (100, "SAM")):
+        axis.axhline(level, color="0.5", lw=0.8, ls=":")
+        place = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+        axis.text(1, level, label, color="0.4", size=8, **place)
+    line = [(cost(row, ratios), 100 * row["share"]) for row in rows if row["method"] in front]
     axis.step(*np.reshape(line, (-1, 2)).T, where="post", color=BLUE, lw=1, alpha=0.4)
-    for row in rows:
+    names.set_axis_off()
+    for number, row in enumerate(rows, 1):
         x, y = cost(row, ratios), 100 * row["share"]
         at_front, is_sam = row["method"] in front, row["method"] == "sam"
-        color = ORANGE if is_sam else BLUE if at_front else GREY
-        ends = np.clip([100 * end for end in row["share interval"]], low, high)
-        shown = np.clip(y, low, high)
-        axis.vlines(x, *ends, color=color, lw=1.2 if at_front else 0.7, alpha=0.6)
-        marker = "v" if y < low else "^" if y > high else "o"
-        axis.plot(x, shown, marker, color=color, ms=6 if at_front or is_sam else 4)
-        if at_front or is_sam or row["method"].startswith(("momentum", "look", "late")):
-            size = 8 if at_front or is_sam else 6.5
-            axis.annotate(
-                row["method"],
-                (x, shown),
-                (5, 2),
-                textcoords="offset points",
-                color=color,
-                size=size,
-            )
+        color = ORANGE if is_sam else BLUE if at_front else "0.45"
+        big = at_front or is_sam
+        axis.vlines(
+            x,
+            *np.clip([100 * end for end in row["share interval"]], low, high),
+            color=color,
+            lw=1.2 if big else 0.6,
+            alpha=0.6,
+        )
+        marker, shown = "v" if y < low else "^" if y > high else "o", np.clip(y, low, high)
+        axis.plot(x, shown, marker, color=color, ms=6 if big else 3.5)
+        looks = {"color": color, "size": 8 if big else 6, "weight": "bold" if big else "normal"}
+        axis.annotate(str(number), (x, shown), (4, 1), textcoords="offset points", **looks)
+        text = f"{number:2}  {row['method']}  {x:.2f}, {y:.0f} %"
+        names.text(0, 1 - (number - 1) / len(rows), text, va="top", **looks | {"size": 6.5})
     measured = "measured" if ratios else "in gradients"
     axis.set(ylim=(low, high), xlim=(0.9, None))
     axis.set(
         xlabel=f"cost of a step over the plain optimizer's ({measured})",
         ylabel="% of SAM's gain in test error, at equal steps",
     )
-    axis.set_title(
-        f"{title}\nlines: 95 % intervals over seeds; blue: no other is cheaper and better"
-    )
+    axis.set_title("lines: 95 % intervals over seeds; blue: no other is cheaper and better", size=8)
+    figure.suptitle(title, fontweight="bold")
     figure.savefig(path, dpi=150)
     plt.close(figure)

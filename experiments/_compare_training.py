@@ -37,12 +37,11 @@ def make_step(task: Task, name: str, setting: Setting, steps: Any):
     def step(carry: Any, rows: jax.Array, pay: bool | None = None) -> Any:
         params, state, previous = carry
         grad_fn, previous_grad_fn = gradient_of(rows), gradient_of(previous)
-        extra = {} if pay is None else {"pay": pay}
-        updates, state = tx.update(
-            *(grad_fn(params), state, params),
-            **{"grad_fn": grad_fn, "previous_grad_fn": previous_grad_fn, **extra},
-            batch=(x[rows], y[rows]),
-        )
+        batch = x[rows], y[rows]
+        extra = {"batch": batch, "value_fn": lambda params: task.loss(params, batch)}
+        extra |= {"grad_fn": grad_fn, "previous_grad_fn": previous_grad_fn}
+        extra |= {} if pay is None else {"pay": pay}
+        updates, state = tx.update(grad_fn(params), state, params, **extra)
         return optax.apply_updates(params, updates), state, rows
 
     return step

@@ -21,6 +21,7 @@ WARMUP = 0.05  # of the steps, with a rising learning rate; a cosine takes it to
 REFRESH = 100  # steps between two measurements of xsam's alpha, as eigen_sam and sparse_sam have
 FORWARD = 1 / 3  # of a gradient
 RADII = (0.25, 0.5, 1.0)  # times the method's scale and the task's radius
+PARTS = (2, 5, 10)  # of the batch, whose sizes they divide, from which the ascent is taken
 TAILS = (0.1, 0.2, 0.3, 0.5)  # of the training, in which late_phase pays
 
 
@@ -31,13 +32,14 @@ class Job(NamedTuple):
     steps: Any  # of the whole training
     lr: Any  # peak learning rate
     weight_decay: Any
+    tail: float = 1 - WARMUP  # the last part of training, in which the learning rate decays
 
     def schedule(self, moves: int = 1) -> optax.Schedule:
         """The learning rate of an optimizer that moves several times a step."""
 
         def learning_rate(count: jax.Array) -> jax.Array:
             part = count / (moves * self.steps)
-            fall = jnp.clip((part - WARMUP) / (1 - WARMUP), 0, 1)
+            fall = jnp.clip((part - 1 + self.tail) / self.tail, 0, 1)
             return self.lr * jnp.minimum(part / WARMUP, 1) * (1 + jnp.cos(jnp.pi * fall)) / 2
 
         return learning_rate
@@ -114,6 +116,16 @@ def late(tail: float) -> Method:
     return Method(1 + tail, 1, build, paid=tail)
 
 
+def late_decay(tail: float) -> Method:
+    """SAM for just as long as the learning rate decays."""
+
+    def build(rho: Any, job: Job) -> optax.GradientTransformation:
+        method = sam_optax.late_tail(sam_optax.sam(rho), job.steps, tail)
+        return job._replace(tail=tail).chain(method)
+
+    return Method(1 + tail, 1, build, paid=tail)
+
+
 def looking(k: int) -> Method:
     return Method(1 + 1 / k, 1, link(lambda rho: sam_optax.look_sam(rho, k=k)), paid=1 / k)
 
@@ -148,6 +160,38 @@ def xsam(rho: Any, job: Job) -> optax.GradientTransformation:
 
     first = lambda params: (jnp.zeros([], jnp.int32), jnp.ones([]))
     return job.chain(optax.GradientTransformationExtraArgs(first, update))
+
+
+def polyak_sam(rho: Any, job: Job) -> optax.GradientTransformation:
+    """L2 within the loss, because its step has to know of it."""
+    method = sam_optax.polyak_sam(rho)
+
+    def update(updates, state, params=None, *, value_fn, **extra_args):
+        def decayed(params: Any) -> jax.Array:
+            squares = sum(jnp.vdot(w, w) for w in jax.tree.leaves(params) if w.ndim > 1)
+            return value_fn(params) + job.weight_decay / 2 * squares
+
+        return method.update(jax.grad(decayed)(params), state, params, value_fn=decayed)
+
+    return optax.chain(optax.GradientTransformationExtraArgs(method.init, update), optax.sgd(1.0))
+
+
+def functional_sam(rho: Any, job: Job) -> optax.GradientTransformation:
+    mean = lambda logits, y: optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+    of = sam_optax.functional_grad_fn(job.task.model.apply, mean)
+    method = sam_optax.sam(rho)
+
+    def update(updates, state, params=None, *, batch, **extra_args):
+        extra_args["descent_grad_fn"] = of(params, *batch)
+        return method.update(updates, state, params, **extra_args)
+
+    return job.chain(optax.GradientTransformationExtraArgs(method.init, update))
+
+
+def preconditioned(rho: Any) -> optax.GradientTransformation:
+    """With e of length rho."""
+    ascent = optax.chain(sam_optax.precondition(), sam_optax.dual_ascent(rho))
+    return sam_optax.sharpness_aware(ascent, sam_optax.keep_second_moment(0.99))
 
 
 def bsam(rho: Any, job: Job) -> optax.GradientTransformation:
@@ -192,21 +236,49 @@ METHODS = {
         lambda rho, job: job.chain(sam_optax.adaptive(sam_optax.sam(rho), job.steps)),
     ),
     **{f"late_phase, last {tail:g}": late(tail) for tail in TAILS},
-    "sam, ascent 1/2": of_a_part(1 / 2),
-    "sam, ascent 1/4": of_a_part(1 / 4),
+    **{f"sam, ascent 1/{n}": of_a_part(1 / n) for n in PARTS},
     "gam": Method(4, 0.75, link(lambda rho: sam_optax.gam(rho, rho))),
     "esam": Method(1.5 + FORWARD, 0.75, esam),
     "k_sam": Method(1 + FORWARD, 1, k_sam),
     "bsam": Method(2, 0.75, bsam),
     "sampa": Method(2, 1, with_base(sam_optax.sampa)),
+    "unified_sam": Method(2, 1, link(sam_optax.unified_sam)),
+    "sagm": Method(2, 2, link(sam_optax.sagm)),
+    "le_sam": Method(2, 1, link(lambda sigma: sam_optax.le_sam(1.0, sigma))),
+    "preconditioned_sam": Method(
+        2, 0.0025, link(lambda rho: sam_optax.preconditioned_sam(rho, b2=0.99))
+    ),
+    "preconditioned, length rho": Method(2, 1, link(preconditioned)),
+    "spectral_sam": Method(2, 0.05, link(sam_optax.spectral_sam)),
+    "polyak_sam": Method(2, 1, polyak_sam),
+    "periodic_sam, k = 5": Method(
+        1.2, 0.2, link(lambda rho: sam_optax.periodic_sam(rho, k=5)), paid=1 / 5
+    ),
+    **{f"late_tail, last {tail:g}": late_decay(tail) for tail in TAILS},
+    "plain, decay in the last 0.3": Method(1, 0, lambda rho, job: job._replace(tail=0.3).base()),
+    "tilted_sam": Method(
+        4, 0.5, link(lambda rho: sam_optax.tilted_sam(rho, samples=2, radius=rho))
+    ),
+    "functional_sam": Method(2, 1, functional_sam),
     "lookbehind": Method(3, 0.75, with_base(sam_optax.lookbehind, moves=2)),
 }
 # What is not a method by itself, or cannot be one here, and why.
 LEFT_OUT = {
     "cadenced": "takes a cadence: look_sam, late_phase, randomised, adaptive are such",
     "draws": "takes a random method: random_perturbation is such",
+    "sharing": "takes an ascent: shared_momentum_sam is such",
+    "tilted": "takes a rule: tilted_sam is such",
+    "imb_sam": "no class is rare here",
+    "flat_lora": "no adapters here",
+    "shared_preconditioned_sam": "needs Adam's second moment; preconditioned_sam keeps its own",
 }
-SGD_ALONE = ("bsam",)  # it is an optimizer itself, tuned like SGD
+SGD_ALONE = ("bsam", "polyak_sam")  # they are optimizers, tuned like SGD
+# The default on tasks whose training takes half a minute: what costs less than SAM, and SAM.
+RESTRICTED = (
+    *("plain", "sam", "asam", "momentum_sam", "shared_momentum_sam", "look_sam, k = 5"),
+    *("randomised, p = 0.1", "sam, ascent 1/5", "late_tail, last 0.1", "late_tail, last 0.3"),
+    "plain, decay in the last 0.3",
+)
 
 
 class Setting(NamedTuple):
@@ -217,7 +289,7 @@ class Setting(NamedTuple):
 
 def grid(name: str, task: Task) -> list[Setting]:
     """The settings of a method to choose from: as many for all."""
-    if name == "plain":
+    if name.startswith("plain"):
         points = itertools.product(task.plain_lrs, task.plain_decays, (0.0,))
     else:
         radii = [part * METHODS[name].scale * task.rho for part in RADII]

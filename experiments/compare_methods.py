@@ -3,7 +3,7 @@
     python experiments/compare_methods.py                   # MNIST 14x14 with wrong labels
     python experiments/compare_methods.py --task glosses    # a transformer, clean labels
     python experiments/compare_methods.py --phase times     # on a quiet machine; others may share
-    python experiments/compare_methods.py --methods asam,momentum_sam
+    python experiments/compare_methods.py --methods asam "look_sam, k = 5"
     python experiments/compare_methods.py --quick           # few methods, few epochs, for CI
 
 Three pictures. At equal steps every method trains as long as SAM does: with the times of steps this
@@ -50,12 +50,14 @@ class Comparison:
         cache.mkdir(exist_ok=True)
         self.task = _tasks.load(args.task, cache, study.quick)
         known = _methods.names(self.task)
-        wanted = QUICK if study.quick else args.methods or known
+        usual = known if self.task.optimizer == "sgd" else _methods.RESTRICTED
+        wanted = QUICK if study.quick else args.methods or usual
+        wanted = known if wanted == ["all"] else wanted
         if unknown := set(wanted) - set(known):
             raise SystemExit(f"--methods must be among {known}, got {sorted(unknown)}")
         self.names = [name for name in known if name in (*ALWAYS, *wanted)]
-        self.study, self.stem = study, study.out / study.name
         suffix = "_quick" if study.quick else ""
+        self.study, self.stem = study, study.out / f"{study.name}{suffix}"
         self.times_file = study.out / f"{study.name}_times{suffix}.json"
         self.steps = self.task.epochs * (len(self.task.train[1]) // self.task.batch)
 
@@ -154,7 +156,9 @@ def main(argv: Any = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", choices=_tasks.TASKS, default="mnist")
-    parser.add_argument("--methods", type=lambda text: text.split(","), help="some, by name")
+    parser.add_argument(
+        "--methods", nargs="+", help="some, by name, or all: on texts it is some by default"
+    )
     parser.add_argument("--phase", choices=PHASES, nargs="+", default=PHASES)
     args, _ = parser.parse_known_args(argv)
     if "--quick" in (argv or sys.argv):

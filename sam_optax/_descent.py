@@ -7,6 +7,7 @@ import optax
 from sam_optax import _checks, _numerics
 from sam_optax._hyperparameters import count_for, scheduled
 from sam_optax._rules import transformation
+from sam_optax._types import GradFn
 
 
 def extrapolate(weight: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
@@ -44,7 +45,8 @@ def extrapolate(weight: optax.ScalarOrSchedule) -> optax.GradientTransformationE
       <https://arxiv.org/abs/2305.15817>`_, 2023, algorithm 1.
 
     Note:
-      No gradient evaluation of its own.
+      No gradient evaluation of its own; one with descent_grad_fn, since g and
+      g_s then both come from it.
     """
     _checks.at_least("weight", weight, 0.0)
 
@@ -54,10 +56,27 @@ def extrapolate(weight: optax.ScalarOrSchedule) -> optax.GradientTransformationE
         params: Any = None,
         *,
         clean: optax.Updates,
+        grad_fn: GradFn | None = None,
+        descent_grad_fn: GradFn | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params, extra_args
+        del extra_args
         w, state = scheduled(weight, state)
+        clean = of_the_descent(clean, params, grad_fn, descent_grad_fn)
         return _numerics.map_wide(lambda g_s, g: g + w * (g_s - g), updates, clean), state
 
     return transformation(lambda params: count_for(weight), update)
+
+
+def of_the_descent(
+    clean: optax.Updates,
+    params: Any,
+    grad_fn: GradFn | None,
+    descent_grad_fn: GradFn | None,
+) -> optax.Updates:
+    """The clean gradient of the function that g_s came from, given what a descent is given.
+
+    What is combined with g_s belongs to the same examples: a difference of two functions'
+    gradients is no measure of sharpness.
+    """
+    return clean if descent_grad_fn is None or grad_fn is None else grad_fn(params)

@@ -114,6 +114,14 @@ def value_and_grad(
             grads, _ = method.update(grads, state, params, **given)
             return at_w, _numerics.conjugate(grads)
 
+        if "descent_grad_fn" in given:
+            if aux_from != "clean":
+                raise ValueError(
+                    'aux_from must be "clean" where extra_args gives descent_grad_fn, whose passes '
+                    f"tell no aux, got {aux_from!r}"
+                )
+            grads, _ = method.update(grads, state, params, **given)
+            return whole(params)[0], _numerics.conjugate(grads)
         options = "ascent_fraction and ascent_dtype must be left out"
         perturbed = _Perturbed(whole, options if ascent.is_apart else 'aux_from must be "clean"')
         grads, _ = method.update(grads, state, params, descent_grad_fn=perturbed, **given)

@@ -1,5 +1,6 @@
 """Hyper-parameters that are numbers or schedules of the step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,3 +19,10 @@ def scheduled(value: optax.ScalarOrSchedule, state: Any) -> tuple[Any, optax.Opt
     if callable(value):
         return value(state.count), optax.ScaleByScheduleState(optax.safe_increment(state.count))
     return value, state
+
+
+def combined(fn: Callable[..., Any], *values: Any) -> Any:
+    """A function of hyper-parameters as one more: a schedule if any of them is one."""
+    if not any(callable(value) for value in values):
+        return fn(*values)
+    return lambda count: fn(*(value(count) if callable(value) else value for value in values))

@@ -51,7 +51,7 @@ def elementwise(eta: jax.typing.ArrayLike = 0.01, normalize_bias: bool = False) 
     References:
       Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, 2021, section 3.
     """
-    return _operator(jnp.abs, eta, normalize_bias)
+    return _operator("elementwise", jnp.abs, eta, normalize_bias)
 
 
 def filterwise(eta: jax.typing.ArrayLike = 0.01, normalize_bias: bool = False) -> Normalization:
@@ -90,7 +90,7 @@ def filterwise(eta: jax.typing.ArrayLike = 0.01, normalize_bias: bool = False) -
             return jnp.abs(w)
         return _numerics.safe_norm(w, axis=tuple(range(w.ndim - 1)), keepdims=True)
 
-    return _operator(scale, eta, normalize_bias)
+    return _operator("filterwise", scale, eta, normalize_bias)
 
 
 def layerwise(eta: jax.typing.ArrayLike = 0.01, normalize_bias: bool = False) -> Normalization:
@@ -124,11 +124,14 @@ def layerwise(eta: jax.typing.ArrayLike = 0.01, normalize_bias: bool = False) ->
       Minimization Needs <https://arxiv.org/abs/2306.04226>`_, 2023, train with
       it; their code has ||w|| (1 + eta), where eta cannot move a leaf of zeros.
     """
-    return _operator(_numerics.safe_norm, eta, normalize_bias)
+    return _operator("layerwise", _numerics.safe_norm, eta, normalize_bias)
 
 
 def _operator(
-    scale: Callable[[jax.Array], jax.Array], eta: jax.typing.ArrayLike, normalize_bias: bool
+    name: str,
+    scale: Callable[[jax.Array], jax.Array],
+    eta: jax.typing.ArrayLike,
+    normalize_bias: bool,
 ) -> Normalization:
     _checks.at_least("eta", eta, 0.0)
 
@@ -140,6 +143,7 @@ def _operator(
 
         return jax.tree.map(leaf_operator, params)
 
+    normalization.__name__ = name
     return normalization
 
 

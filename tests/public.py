@@ -18,20 +18,38 @@ ARGUMENTS = {
     "every": {"k": 2},
     "extrapolate": {"weight": 0.5},
     "fisher_ascent": {"rho": 0.1},
+    "flat_lora": {"frozen": False, "steps": 10},
     "from_step": {"start": 1},
+    "in_turn": {"first": sam_optax.dual_ascent(0.1), "second": sam_optax.dual_ascent(0.1)},
     "late_phase": {"method": sam_optax.sam(), "start": 1},
+    "late_tail": {"method": sam_optax.sam(), "steps": 2},
+    "limit_rise": {"ascent": sam_optax.dual_ascent(0.1), "sigma": 0.02},
     "lookbehind": {"base": optax.sgd(0.1)},
     "multi_step": {"ascent": sam_optax.dual_ascent(0.1)},
     "pmean": {"axis_name": "batch"},
+    "preconditioned_sam": {"eps": 0.01},  # or rounding would be divided by next to nothing
     "proportional_ascent": {"rho": 0.1},
     "randomised": {"method": sam_optax.sam()},
     "running_average": {"weight": 0.5},
     "sampa": {"base": optax.sgd(0.1)},
     "shared_momentum_sam": {"base": optax.sgd(0.1, momentum=0.9)},
+    "shared_preconditioned_sam": {"base": optax.adam(0.1, eps=0.01), "eps": 0.01},
+    "sharing": {"method": sam_optax.sam(), "base": optax.sgd(0.1)},
     "sharpness_aware": {"ascent": sam_optax.dual_ascent(0.1)},
+    "spectral_ascent": {"rho": 0.1},
     "stateless": {"fn": lambda updates, clean: updates},
+    "sum_of": {"first": sam_optax.dual_ascent(0.1), "second": sam_optax.proportional_ascent(0.1)},
+    "tilted": {
+        "method": sam_optax.sharpness_aware(sam_optax.gaussian_ascent(0.1), sam_optax.keep_loss()),
+        "count": 2,
+    },
     "when_large": {"steps": 10},
 }
+
+
+def own_inputs(grad_fn, value_fn):
+    """What any method may take beside grad_fn."""
+    return {"previous_grad_fn": grad_fn, "tail_grad_fn": grad_fn, "value_fn": value_fn}
 
 
 def exported():
@@ -46,6 +64,12 @@ def exported():
 
 METHODS = sorted(exported())
 UNMAPPED = [name for name in METHODS if name != "pmean"]
+# Whole methods that need no more than the doors give: rules stand in them.
+WHOLE = [
+    name
+    for name, (kind, needs, _) in FAMILY.items()
+    if kind in ("method", "wrapper", "optimizer") and not {"value_fn", "tail_grad_fn"} & set(needs)
+]
 
 
 def as_method(name, rule):
@@ -54,8 +78,8 @@ def as_method(name, rule):
     of_rule = "descent" if name == "stateless" else "method"  # by ARGUMENTS a descent
     kind, needs, _ = FAMILY.get(name, (of_rule, (), True))
     if kind == "filter":
-        descent = sam_optax.keep_momentum() if "keep_momentum" in needs else None
-        return aware(optax.chain(rule, ascent), descent)
+        keepers = [getattr(sam_optax, need)() for need in needs]
+        return aware(optax.chain(rule, ascent), optax.chain(*keepers) if keepers else None)
     if kind == "ascent":
         return aware(rule)
     if kind == "descent":

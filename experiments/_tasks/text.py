@@ -53,7 +53,7 @@ def cities(cache: Path, quick: bool) -> Problem:
         *((c["name"].lower(), c["countrycode"]) for c in found if often[c["countrycode"]] >= 300),
         strict=True,
     )
-    return _problem("city names to 26 countries", texts, labels, LETTERS, quick)
+    return _problem("city names to 26 countries", texts, labels, LETTERS, (0.3, 1.0), quick)
 
 
 def glosses(cache: Path, quick: bool) -> Problem:
@@ -62,10 +62,10 @@ def glosses(cache: Path, quick: bool) -> Problem:
     definitions = [line.split("|")[1].split(";")[0].lower() for line in lines]
     texts = [re.findall(r"[a-z]+", definition) for definition in definitions]
     kinds = [line.split()[1] for line in lines]  # lexicographer's file
-    return _problem("WordNet's nouns to 26 kinds", texts, kinds, WORDS, quick)
+    return _problem("WordNet's nouns to 26 kinds", texts, kinds, WORDS, (1.0, 3.0), quick)
 
 
-def _problem(title, texts, labels, length, quick) -> Problem:
+def _problem(title, texts, labels, length, decays, quick) -> Problem:
     classes, y = np.unique(labels, return_inverse=True)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(y))
     train, validation, test, _ = np.split(order, np.cumsum((N_TRAIN, N_VALIDATION, N_TEST)))
@@ -81,6 +81,6 @@ def _problem(title, texts, labels, length, quick) -> Problem:
     model = Transformer(len(known) + 2, len(classes))
     return Problem(
         *(title, model, *sets, 100, 1 if quick else 10, "adamw"),
-        **{"lr": 0.004, "decays": (0.3, 1.0), "rho": 0.1},
+        **{"lr": 0.004, "decays": decays, "rho": 0.1},
         **{"plain_lrs": (0.002, 0.004), "plain_decays": (0.3, 1.0, 3.0)},
     )

@@ -8,6 +8,7 @@ import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
+from sam_optax._descent import of_the_descent
 from sam_optax._rules import stateless
 from sam_optax._sharpness_aware import sharpness_aware
 from sam_optax._types import GradFn, Mask, Normalization
@@ -65,8 +66,7 @@ def curvature(
         descent_grad_fn: GradFn | None = None,
         **rest: Any,
     ) -> optax.Updates:
-        # A finite difference of two functions would be the difference of the functions.
-        middle = clean if descent_grad_fn is None else grad_fn(params)
+        middle = of_the_descent(clean, params, grad_fn, descent_grad_fn)
         back = _numerics.map_wide(jnp.negative, perturbation)
         opposite = grad_fn(optax.apply_updates(params, back))
         return _numerics.map_wide(

@@ -57,7 +57,8 @@ def gradient_norm_penalty(
       vector g/||g|| in place of g; this is the paper's form.
 
     Note:
-      Two gradient evaluations and one copy of the parameters.
+      Two gradient evaluations and one copy of the parameters; with
+      descent_grad_fn one evaluation more, since g and g_s then both come from it.
     """
     _checks.at_least("alpha", alpha, 0.0)
     ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)

@@ -8,9 +8,10 @@ import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
+from sam_optax._descent import of_the_descent
 from sam_optax._rules import stateless
 from sam_optax._sharpness_aware import sharpness_aware
-from sam_optax._types import Mask, Normalization
+from sam_optax._types import GradFn, Mask, Normalization
 
 
 def surrogate_gap(alpha: jax.typing.ArrayLike = 0.4) -> optax.GradientTransformationExtraArgs:
@@ -44,11 +45,20 @@ def surrogate_gap(alpha: jax.typing.ArrayLike = 0.4) -> optax.GradientTransforma
       form of the authors' JAX code.
 
     Note:
-      No gradient evaluation of its own.
+      No gradient evaluation of its own; one with descent_grad_fn, since g and
+      g_s then both come from it.
     """
     _checks.at_least("alpha", alpha, 0.0)
 
-    def combine(perturbed: optax.Updates, *, clean: optax.Updates, **rest: Any) -> optax.Updates:
+    def combine(
+        perturbed: optax.Updates,
+        params: Any = None,
+        *,
+        clean: optax.Updates,
+        grad_fn: GradFn | None = None,
+        descent_grad_fn: GradFn | None = None,
+    ) -> optax.Updates:
+        clean = of_the_descent(clean, params, grad_fn, descent_grad_fn)
         _, u = _numerics.norm_and_unit(perturbed)
         gap = _numerics.orthogonal_part(clean, u)
         return _numerics.map_wide(lambda g_s, part: g_s - alpha * part, perturbed, gap)
@@ -104,7 +114,8 @@ def gsam(
       form of the authors' JAX code.
 
     Note:
-      Two gradient evaluations. The authors perturb and project per device:
+      Two gradient evaluations, three with descent_grad_fn, from which g and g_s
+      then both come. The authors perturb and project per device:
       `value_and_grad(..., axis_name=...)`, or `pmean` after gsam in a chain.
     """
     ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)

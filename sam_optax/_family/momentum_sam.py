@@ -1,6 +1,5 @@
 """Momentum-SAM (2024): perturbs against the momentum."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,10 +7,10 @@ import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
-from sam_optax._gradients import gradient_functions
 from sam_optax._rules import transformation
+from sam_optax._sharing import kept_by, sharing
 from sam_optax._sharpness_aware import sharpness_aware
-from sam_optax._types import GradFn, Mask, Normalization
+from sam_optax._types import Mask, Normalization
 
 
 class MomentumState(NamedTuple):
@@ -20,23 +19,13 @@ class MomentumState(NamedTuple):
     momentum: optax.Updates
 
 
-class SharedMomentumSAMState(NamedTuple):
-    """State of `shared_momentum_sam`.
-
-    Attributes:
-      ascent: count of steps if rho is a schedule.
-      base: state of the base optimizer, its momentum in it.
-    """
-
-    ascent: optax.OptState
-    base: optax.OptState
-
-
 def along_momentum() -> optax.GradientTransformationExtraArgs:
     r"""A filter that hands on the opposite of the momentum that the descent keeps.
 
     The direction in which momentum will carry the parameters anyway, at no
-    gradient: put it before an ascent, and `keep_momentum` among the descents.
+    gradient: put it before an ascent, and `keep_momentum` among the descents,
+    or `sharing` around method and optimizer, whose own momentum it then is: the
+    `trace` of SGD, the `mu` of Adam or Lion.
 
         out = -v
 
@@ -44,7 +33,7 @@ def along_momentum() -> optax.GradientTransformationExtraArgs:
       A filter without state, for a chain before an ascent.
 
     Raises:
-      ValueError: at the call, if the descent keeps no momentum.
+      ValueError: at the call, if no momentum is kept, or several.
 
     Example:
       >>> import jax.numpy as jnp, optax, sam_optax
@@ -72,17 +61,13 @@ def along_momentum() -> optax.GradientTransformationExtraArgs:
         params: Any = None,
         *,
         descent_state: Any = None,
+        base_state: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
-        is_momentum = lambda x: isinstance(x, MomentumState)
-        found = [x for x in jax.tree.leaves(descent_state, is_leaf=is_momentum) if is_momentum(x)]
-        if len(found) != 1:
-            raise ValueError(
-                "descent must hold one keep_momentum for along_momentum to read, "
-                f"got {len(found)} among its memories"
-            )
-        return _numerics.map_wide(lambda g, v: -v, updates, found[0].momentum), state
+        states = {"descent": descent_state, "base": base_state}
+        momentum = kept_by(("momentum", "trace", "mu"), states, updates)
+        return _numerics.map_wide(lambda g, v: -v, updates, momentum), state
 
     return transformation(lambda params: optax.EmptyState(), update)
 
@@ -224,8 +209,8 @@ def shared_momentum_sam(
       alone. Evaluate the model at params, the unperturbed ones.
 
     Raises:
-      ValueError: if rho is negative; at init, if the state of base holds no
-        momentum or several; at the call, if params or grad_fn are missing.
+      ValueError: if rho is negative; at the call, if the state of base holds no
+        momentum or several, or if params or grad_fn are missing.
 
     Example:
       >>> import jax, jax.numpy as jnp, numpy as np, optax, sam_optax
@@ -248,52 +233,5 @@ def shared_momentum_sam(
       One gradient evaluation, no state beside that of base, and one pass over
       the momentum. A momentum that is not finite stays so, as it does in base.
     """
-    base = optax.with_extra_args_support(base)
     ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
-
-    def init(params: optax.Params) -> SharedMomentumSAMState:
-        base_state = base.init(params)
-        _momentum_in(base_state, params)  # better said before training
-        return SharedMomentumSAMState(ascent.init(params), base_state)
-
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: Any = None,
-        *,
-        grad_fn: GradFn | None = None,
-        value_fn: Callable[[optax.Params], jax.Array] | None = None,
-        descent_grad_fn: GradFn | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, SharedMomentumSAMState]:
-        _, descend = gradient_functions(updates, params, grad_fn, value_fn, descent_grad_fn)
-        extra_args |= {"grad_fn": descend, "value_fn": value_fn}
-        momentum = _momentum_in(state.base, params)
-        direction = _numerics.map_wide(lambda g, v: -v, updates, momentum)
-        perturbation, ascent_state = ascent.update(direction, state.ascent, params)
-        gradient = _numerics.movable(descend(optax.apply_updates(params, perturbation)))
-        result, base_state = base.update(gradient, state.base, params, **extra_args)
-        # Optax would make a float of the momentum of an integer leaf.
-        kept = lambda old, new: new if new.dtype == old.dtype else new.astype(old.dtype)
-        base_state = jax.tree.map(kept, state.base, base_state)
-        return result, SharedMomentumSAMState(ascent_state, base_state)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _momentum_in(state: optax.OptState, params: optax.Params) -> optax.Updates:
-    """The one momentum that an optimizer keeps, known by the name of its field."""
-
-    def names(node: Any) -> list[str]:
-        return [name for name in ("trace", "mu") if name in getattr(node, "_fields", ())]
-
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: bool(names(node)))
-    found = [getattr(node, name) for node in nodes for name in names(node)]
-    like = jax.tree.structure(params)
-    if len(found) != 1 or jax.tree.structure(found[0]) != like:
-        raise ValueError(
-            "base must hold one momentum, a field trace (optax.trace, sgd with momentum) or mu "
-            "(Adam, Lion) of the structure of params in its state, for the ascent to read, "
-            f"got {len(found)} of structures {[jax.tree.structure(v) for v in found]}"
-        )
-    return found[0]
+    return sharing(sharpness_aware(optax.chain(along_momentum(), ascent)), base)

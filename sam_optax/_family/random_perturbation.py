@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_optax import _checks, _numerics
+from sam_optax import _checks, _masks, _normalization, _numerics
 from sam_optax._hyperparameters import count_for, scheduled
 from sam_optax._rules import transformation
 from sam_optax._sharpness_aware import sharpness_aware
+from sam_optax._types import Mask, Normalization
 
 
 class GaussianAscentState(NamedTuple):
@@ -25,22 +26,29 @@ class GaussianAscentState(NamedTuple):
 
 
 def gaussian_ascent(
-    std: optax.ScalarOrSchedule = 0.01, key: int | jax.Array = 0
+    std: optax.ScalarOrSchedule = 0.01,
+    key: int | jax.Array = 0,
+    *,
+    normalization: Normalization | None = None,
+    mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""An ascent that is Gaussian noise in proportion to the norm of each filter.
 
     For flatness on average rather than in the worst case. The gradient given is
     not looked at.
 
-        e ~ N(0, (std ||w_f||)^2)
+        e ~ N(0, (std T)^2),  T = ||w_f|| by default
 
     where w_f is the filter of an entry (one index of the last axis), or the
     whole leaf if it has fewer than two dimensions.
 
     Args:
-      std: standard deviation relative to the norm of the filter, at least 0: a
-        number, a traced scalar or a schedule.
+      std: standard deviation relative to T, at least 0: a number, a traced
+        scalar or a schedule.
       key: seed or key; the state keeps the next one.
+      normalization: operator T, a function from params to a tree like params
+        whose leaves broadcast against them; by default the norms of filters.
+      mask: leaves that are perturbed, see `dual_ascent`.
 
     Returns:
       An ascent rule with state. Of several `draws` in a step each has its own
@@ -82,8 +90,16 @@ def gaussian_ascent(
         deviation, std_state = scheduled(std, state.std)
         index, count = draw_index
         next_key, keys = draw(state.key, count)
-        noise = _filter_noise(keys[index], params, deviation)
-        return noise, GaussianAscentState(next_key, std_state)
+        leaves, treedef = jax.tree.flatten(params)
+        noise = jax.tree.leaves(_numerics.random_normal(keys[index], params))
+        scales = _normalization.scales(normalization or _filter_norms, treedef, leaves, params)
+        moves = [
+            _numerics.map_wide(lambda n, T=T: deviation * T * n, n) if use else jnp.zeros_like(n)
+            for use, T, n in zip(
+                _masks.chosen(mask, treedef, leaves, params), scales, noise, strict=True
+            )
+        ]
+        return jax.tree.unflatten(treedef, moves), GaussianAscentState(next_key, std_state)
 
     return transformation(init, update)
 
@@ -198,14 +214,12 @@ def random_perturbation(
     return draws(sharpness_aware(gaussian_ascent(std, key), descent), samples)
 
 
-def _filter_noise(key: jax.Array, params: optax.Params, deviation: Any) -> optax.Updates:
-    """Gaussian noise in proportion to the norm of each filter."""
+def _filter_norms(params: optax.Params) -> optax.Params:
+    """The norm of each filter, or of a whole leaf with fewer than two dimensions."""
 
-    def scale(w: jax.Array, n: jax.Array) -> jax.Array:
+    def norm(w: jax.Array) -> jax.Array:
         axes = tuple(range(w.ndim - 1)) if w.ndim > 1 else None
-        return deviation * _numerics.safe_norm(w, axis=axes, keepdims=w.ndim > 1) * n
+        return _numerics.safe_norm(w, axis=axes, keepdims=w.ndim > 1)
 
-    noise = _numerics.map_wide(scale, params, _numerics.random_normal(key, params))
-    return jax.tree.map(
-        lambda w, n: n if _numerics.is_perturbable(w) else jnp.zeros_like(w), params, noise
-    )
+    of = lambda w: norm(_numerics.widened(w)) if _numerics.is_perturbable(w) else jnp.ones(())
+    return jax.tree.map(of, params)

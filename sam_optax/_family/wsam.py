@@ -7,6 +7,7 @@ import optax
 
 from sam_optax import _checks, _descent, _numerics
 from sam_optax._ascent import dual_ascent
+from sam_optax._gradients import gradient_functions
 from sam_optax._rules import stateless
 from sam_optax._sharpness_aware import sharpness_aware
 from sam_optax._types import Mask, Normalization
@@ -70,7 +71,8 @@ def wsam(
       `decoupled_wsam`.
 
     Note:
-      Two gradient evaluations and one copy of the parameters.
+      Two gradient evaluations and one copy of the parameters; with
+      descent_grad_fn one evaluation more, since g and g_s then both come from it.
     """
     _checks.in_interval("gamma", gamma, "[0, 1)")
     ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
@@ -135,14 +137,16 @@ def decoupled_wsam(
       authors' code, where this form is the default.
 
     Note:
-      Two gradient evaluations and the state of the base optimizer. The authors
-      can also clip g and g_s, each by itself: a clip in base reaches g alone.
+      Two gradient evaluations and the state of the base optimizer; with
+      descent_grad_fn one more, since g and g_s in the equation then both come
+      from it. The authors can also clip g and g_s, each by itself: a clip in base
+      reaches g alone.
     """
     _checks.in_interval("gamma", gamma, "[0, 1)")
 
-    def difference(perturbed: optax.Updates, *, clean: optax.Updates, **_: Any) -> optax.Updates:
+    def difference(perturbed: optax.Updates, *, own: optax.Updates) -> optax.Updates:
         # The links that follow are Optax's, which do not take float0.
-        return _numerics.map_wide(lambda g_s, g: g_s - g, _numerics.movable(perturbed), clean)
+        return _numerics.map_wide(lambda g_s, g: g_s - g, _numerics.movable(perturbed), own)
 
     base = optax.with_extra_args_support(base)
     ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
@@ -161,10 +165,12 @@ def decoupled_wsam(
         params: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, DecoupledWSAMState]:
-        # The sharpness term first, whose checks come before the base optimizer's.
-        term, term_state = sharpness.update(updates, state.sharpness, params, **extra_args)
-        gradient = _numerics.movable(updates)
-        step, base_state = base.update(gradient, state.base, params, **extra_args)
+        functions = {k: extra_args.get(k) for k in ("grad_fn", "value_fn", "descent_grad_fn")}
+        _, descend = gradient_functions(updates, params, **functions)
+        # Base sees the loss that is descended, of which the difference is taken.
+        own = updates if functions["descent_grad_fn"] is None else descend(params)
+        term, term_state = sharpness.update(updates, state.sharpness, params, own=own, **extra_args)
+        step, base_state = base.update(_numerics.movable(own), state.base, params, **extra_args)
         both = _numerics.map_wide(lambda a, b: a + b, step, term)
         return both, DecoupledWSAMState(base_state, term_state)
 

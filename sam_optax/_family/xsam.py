@@ -16,15 +16,16 @@ from sam_optax._types import Mask, Normalization
 
 
 def arc(alpha: optax.ScalarOrSchedule = 1.0) -> optax.GradientTransformationExtraArgs:
-    r"""A descent on the arc from the clean direction through the perturbed gradient.
+    r"""A descent on the arc from the perturbation through the perturbed gradient.
 
-    Turns beyond SAM's gradient, or less far, without changing its length.
+    Turns beyond SAM's gradient, or less far, without changing its length. Over
+    `multi_step` it is XSAM with several ascent steps.
 
-        out = ||g_s|| slerp(g/||g||, g_s/||g_s||; alpha)
+        out = ||g_s|| slerp(e/||e||, g_s/||g_s||; alpha),  from g/||g|| where e = 0
         slerp(a, b; t) = (sin((1-t) th) a + sin(t th) b)/sin(th),  cos(th) = <a, b>
 
     Args:
-      alpha: place on the arc, at least 0: 0 is the clean direction, 1 is SAM. A
+      alpha: place on the arc, at least 0: 0 is the direction of e, 1 is SAM. A
         number, a traced scalar or a schedule.
 
     Returns:
@@ -55,11 +56,14 @@ def arc(alpha: optax.ScalarOrSchedule = 1.0) -> optax.GradientTransformationExtr
         params: Any = None,
         *,
         clean: optax.Updates,
+        perturbation: optax.Updates,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         place, state = scheduled(alpha, state)
         length, end = _numerics.norm_and_unit(updates)
-        _, start = _numerics.norm_and_unit(clean)  # the direction of e, also where rho = 0
+        moved, along = _numerics.norm_and_unit(perturbation)
+        _, start = _numerics.norm_and_unit(clean)
+        start = _numerics.map_wide(lambda e, g: jnp.where(moved == 0, g, e), along, start)
         direction = _slerp(start, end, place)
         return _numerics.map_wide(lambda g_s, d: length * d, updates, direction), state
 

@@ -167,6 +167,38 @@ def test_an_ascent_apart_in_the_same_precision_changes_nothing(problem, name):
     assert_same(of(ascent_dtype="float64")(*problem), of()(*problem))
 
 
+def test_all_passes_of_an_ascent_with_several_are_of_the_part(problem):
+    """As in the second door with the two functions given by hand."""
+    params, x, y = problem
+    method = optax.with_extra_args_support(sam_optax.multi_step_sam(RHO, steps=3))
+    part, whole = (
+        lambda w, count=count: jax.grad(lambda w: loss_fn(w, x[:count], y[:count])[0])(w)
+        for count in (4, 16)
+    )
+    functions = {"grad_fn": part, "descent_grad_fn": whole}
+    want, _ = method.update(part(params), method.init(params), params, **functions)
+    grads, _ = jax.jit(sam_optax.grad(loss_fn, method, has_aux=True, ascent_fraction=1 / 4))(
+        params, x, y
+    )
+    assert_same(grads, want)
+
+
+@pytest.mark.parametrize("aux_from", ["clean", "perturbed"])
+def test_a_descent_of_the_caller_beside_an_ascent_of_a_part(problem, aux_from):
+    """extra_args may bring the gradient function of the descent; loss and aux stay clean."""
+    pull = lambda w: jax.tree.map(lambda leaf: 2 * leaf, w)
+    f = sharp(0.25, aux_from=aux_from, extra_args={"descent_grad_fn": pull})
+    if aux_from == "perturbed":
+        with pytest.raises(ValueError, match='aux_from must be "clean" where extra_args'):
+            f(*problem)
+        return
+    passes, _ = by_hand(*problem, 4)
+    g = ref.gradient(*jax.tree.map(np.asarray, (problem[0], (problem[1][:4], problem[2][:4]))))
+    length = np.sqrt(sum((leaf**2).sum() for leaf in g.values()))
+    want = {name: 2 * (w + RHO * g[name] / length) for name, w in problem[0].items()}
+    assert_same(jax.jit(f)(*problem), (passes["clean"], want))
+
+
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("fraction", [0.5, 0.25, 0.125])
 def test_a_part_costs_a_part(fraction):

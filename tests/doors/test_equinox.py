@@ -14,7 +14,7 @@ import optax
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from public import UNMAPPED, build
+from public import WHOLE, build
 
 import sam_optax
 import sam_optax.equinox
@@ -604,7 +604,7 @@ def has_memory(name):
     return bool(jax.tree.leaves(build(name).init(params)))
 
 
-WITH_MEMORY = [name for name in UNMAPPED if has_memory(name)]
+WITH_MEMORY = [name for name in WHOLE if has_memory(name)]
 
 
 def test_methods_with_memory_are_found():

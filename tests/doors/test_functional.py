@@ -9,9 +9,10 @@ import numpy_reference as ref
 import optax
 import pytest
 from checks import assert_close
-from public import METHODS, build
+from public import METHODS, build, own_inputs
 
 import sam_optax
+from sam_optax import FAMILY
 
 jax_loss = functools.partial(ref.loss, jnp)
 PARAMS, BATCH = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), ref.network())
@@ -231,11 +232,12 @@ def test_every_stateless_method_is_a_transform():
     mask = jax.tree.map(lambda _: True, PARAMS)
     for transform in (optax.identity(), optax.clip(1.0), sam_optax.sam(mask=mask)):
         sam_optax.grad(jax_loss, transform)(PARAMS, BATCH)
+    own = lambda params, batch: {"tail_grad_fn": lambda w: jax.grad(jax_loss)(w, batch)}
     for name in METHODS:
         tx = optax.with_extra_args_support(build(name))
-        links = name not in ("pmean", "decoupled_wsam", "lookbehind")
-        if links and not jax.tree.leaves(tx.init(PARAMS)):
-            jax.eval_shape(sam_optax.grad(jax_loss, tx), PARAMS, BATCH)
+        is_optimizer = name in FAMILY and FAMILY[name].kind == "optimizer"
+        if name != "pmean" and not is_optimizer and not jax.tree.leaves(tx.init(PARAMS)):
+            jax.eval_shape(sam_optax.grad(jax_loss, tx, extra_args=own), PARAMS, BATCH)
 
 
 def test_aux_that_has_aux_does_not_announce():
@@ -348,7 +350,7 @@ def test_value_and_grad_fn_serves_every_method_with_memory(name):
 
     def step(evaluate, params, state):
         value, grads, grad_fn = evaluate(params, BATCH)
-        more = {"previous_grad_fn": grad_fn} if name == "sampa" else {}
+        more = own_inputs(grad_fn, lambda params: jax_loss(params, BATCH))
         return value, *tx.update(grads, state, params, grad_fn=grad_fn, **more)
 
     def by_hand(params, batch):

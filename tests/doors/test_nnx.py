@@ -11,7 +11,7 @@ import pytest
 from checks import assert_close
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
-from public import METHODS, build
+from public import WHOLE, build
 
 import sam_optax
 import sam_optax.nnx
@@ -307,9 +307,8 @@ def test_aux_over_micro_batches():
 
 STATEFUL = [
     name
-    for name in METHODS
-    if name not in ("pmean", "dual_ascent")
-    and jax.tree.leaves(optax.with_extra_args_support(build(name)).init({"w": jnp.ones(2)}))
+    for name in WHOLE
+    if jax.tree.leaves(optax.with_extra_args_support(build(name)).init({"w": jnp.ones(2)}))
 ]
 
 

@@ -2,8 +2,9 @@
 
 A rule is (w, g, grad, memory, **arguments) -> the gradient that the base optimizer sees; the
 arguments are named as in the library. memory is a dict that the rule owns and that starts empty
-but for t, the count of its steps, and ascend, the ascent's gradient where grad is that of the
-descent alone. Trees are dicts of arrays.
+but for t, the count of its steps, value and tail, the loss that grad differentiates and the
+gradient of a part of it, and ascend, the ascent's gradient where grad is that of the descent alone.
+Trees are dicts of arrays.
 """
 
 import functools
@@ -60,19 +61,24 @@ def multi_step_sam(w, g, grad, memory, rho, steps, step_size=None):
     return grad(add(w, 1, e))
 
 
+def of_the_descent(w, g, grad, memory):
+    """The clean gradient of the examples that g_s is of."""
+    return grad(w) if "ascend" in memory else g
+
+
 def gsam(w, g, grad, memory, rho, alpha):
     g_s = grad(add(w, rho, unit(g)))
-    return add(g_s, -alpha, orthogonal(g, g_s))
+    return add(g_s, -alpha, orthogonal(of_the_descent(w, g, grad, memory), g_s))
 
 
 def wsam(w, g, grad, memory, rho, gamma):
-    g_s = grad(add(w, rho, unit(g)))
-    return add(g, gamma / (1 - gamma), add(g_s, -1, g))
+    return gradient_norm_penalty(w, g, grad, memory, rho, gamma / (1 - gamma))
 
 
 def gradient_norm_penalty(w, g, grad, memory, rho, alpha):
     g_s = grad(add(w, rho, unit(g)))
-    return add(scaled(1 - alpha, g), alpha, g_s)
+    g = of_the_descent(w, g, grad, memory)
+    return add(g, alpha, add(g_s, -1, g))
 
 
 def look_sam(w, g, grad, memory, rho, k, alpha):
@@ -107,7 +113,7 @@ def momentum_sam(w, g, grad, memory, rho, momentum):
 
 def cr_sam(w, g, grad, memory, rho, gamma, beta):
     plus, minus = grad(add(w, rho, unit(g))), grad(add(w, -rho, unit(g)))
-    middle = grad(w) if "ascend" in memory else g
+    middle = of_the_descent(w, g, grad, memory)
     return {
         k: plus[k] + gamma * (plus[k] + minus[k] - 2 * middle[k]) + beta * (plus[k] - minus[k])
         for k in w
@@ -176,6 +182,68 @@ def sparse_sam(w, g, grad, memory, rho, sparsity, every):
     return grad({k: w[k] + memory["mask"][k] * rho * g[k] / norm(g) for k in w})
 
 
+def unified_sam(w, g, grad, memory, rho, lmbda):
+    return grad(add(w, rho * (1 - lmbda + lmbda / norm(g)), g))
+
+
+def sagm(w, g, grad, memory, rho, alpha):
+    g_s = grad(add(w, rho / norm(g) - alpha, g))
+    return scaled(0.5, add(of_the_descent(w, g, grad, memory), 1, g_s))
+
+
+def le_sam(w, g, grad, memory, rho, sigma):
+    return grad(add(w, min(sigma / norm(g), rho), unit(g)))
+
+
+def divided(d, v, eps):
+    return {k: np.where(v[k] == 0, d[k], d[k] / (np.sqrt(v[k]) + eps)) for k in d}
+
+
+def preconditioned_sam(w, g, grad, memory, rho, b2, eps):
+    v = memory.get("v", scaled(0, w))
+    g_s = grad(add(w, rho / norm(g), divided(g, v, eps)))
+    memory["v"] = {k: b2 * v[k] + (1 - b2) * g_s[k] ** 2 for k in w}
+    return g_s
+
+
+def polar(leaf):
+    """U V^T of a leaf as a matrix U S V^T, without the directions where S is 0."""
+    u, s, vt = np.linalg.svd(leaf.reshape(-1, leaf.shape[-1]), full_matrices=False)
+    return (u @ np.diag(s > 1e-12 * s.max()) @ vt).reshape(leaf.shape)
+
+
+def spectral_perturbation(g, rho):
+    own_unit = lambda x: x / max(np.linalg.norm(x), 1e-300)
+    return {k: rho * (polar(x) if x.ndim > 1 else own_unit(x)) for k, x in g.items()}
+
+
+def spectral_sam(w, g, grad, memory, rho, ns_steps):
+    return grad(add(w, 1, spectral_perturbation(g, rho)))
+
+
+def polyak_sam(w, g, grad, memory, rho, bound, lowest):
+    e = scaled(rho, unit(g))
+    g_s, loss = grad(add(w, 1, e)), memory["value"](add(w, 1, e))
+    step = min(max(loss - lowest - dot(g_s, e), 0) / dot(g_s, g_s), bound)
+    return scaled(step, g_s)
+
+
+def periodic_sam(w, g, grad, memory, rho, k):
+    return g if memory["t"] % k else grad(add(w, k * rho, unit(g)))
+
+
+def imb_sam(w, g, grad, memory, rho):
+    tail = memory["tail"]
+    moved = tail(add(w, rho, unit(tail(w))))
+    return add(moved, 1, add(g, -1, tail(w)))
+
+
+def rare(batch):
+    """The examples that imb_sam perturbs for; their part of the loss is that of their number."""
+    x, y = batch
+    return (x[:3], y[:3]), 3 / len(y)
+
+
 def ae_sam_pays(g, memory, decay, c):
     """Whether AE-SAM takes the SAM step; mean and variance of |g|^2 start at its first value, 0."""
     s = dot(g, g)
@@ -211,10 +279,18 @@ def trajectory(
     for i, batch in enumerate(batches):
         g, seen = gradient(w, batch), []
 
-        def grad(point, batch=batch if other is None else other(batch), seen=seen):
+        descended = batch if other is None else other(batch)
+
+        def grad(point, batch=descended, seen=seen):
             seen.append(point)
             return gradient(point, batch)
 
+        def tail(point, batch=batch, seen=seen):
+            seen.append(point)
+            part, share = rare(batch)
+            return scaled(share, gradient(point, part))
+
+        memory |= {"tail": tail, "value": functools.partial(ref.loss, np, batch=descended)}
         if other is not None:
             memory["ascend"] = functools.partial(gradient, batch=batch)
 

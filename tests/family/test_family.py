@@ -10,6 +10,7 @@ import numpy as np
 import numpy_family as fam
 import numpy_reference as ref
 import optax
+import public
 import pytest
 from checks import assert_exact as assert_close
 from flax import nnx
@@ -42,13 +43,27 @@ CASES = [
     ("z_sharp", {"rho": 0.2, "quantile": 0.9}, [1]),
     ("async_sam", {"rho": 0.3}, [1]),
     ("sparse_sam", {"rho": 0.3, "sparsity": 0.42, "every": 2}, [1]),
+    ("unified_sam", {"rho": 0.3, "lmbda": 0.4}, [1]),
+    ("unified_sam", {"rho": 0.3, "lmbda": lambda t: 0.2 * t}, [1]),
+    ("sagm", {"rho": 0.3, "alpha": 0.1}, [1]),
+    ("le_sam", {"rho": 0.3, "sigma": 0.5}, [1]),
+    ("le_sam", {"rho": 0.3, "sigma": lambda t: 0.1 * (1 + t)}, [1]),
+    ("preconditioned_sam", {"rho": 0.05, "b2": 0.9, "eps": 1e-3}, [1]),
+    ("spectral_sam", {"rho": 0.3, "ns_steps": 8}, [1]),
+    ("polyak_sam", {"rho": 0.3, "bound": 0.2, "lowest": 0.1}, [1]),
+    ("periodic_sam", {"rho": 0.1, "k": 3}, [1, 0, 0]),
+    ("imb_sam", {"rho": 0.3}, [3]),
 ]
 FIRST = {case[0]: case for case in reversed(CASES)}
 SCHEDULED = [(n, {**kw, "rho": lambda t: 0.1 + 0.1 * t}, c) for n, kw, c in FIRST.values()]
 # Every perturbed point is at distance rho, but where there is no direction yet.
 ON_THE_SPHERE = {"gsam", "wsam", "gradient_norm_penalty", "look_sam", "friendly_sam", "vasso"}
 ON_THE_SPHERE |= {"momentum_sam", "cr_sam", "xsam", "stable_sam", "async_sam"}
+ON_THE_SPHERE |= {"polyak_sam"}
 AT_REST_FIRST = {"momentum_sam", "async_sam"}
+# These depend on the scale of the loss.
+OF_THE_SCALE = {"unnormalised_sam", "fisher_sam", "unified_sam", "sagm", "le_sam", "polyak_sam"}
+OF_THE_SCALE |= {"preconditioned_sam"}
 
 
 def build(name, **arguments):
@@ -68,9 +83,16 @@ def run(method, params=PARAMS, batches=BATCHES, loss=jax_loss, base=SGD, other=N
             jax.debug.callback(lambda w: seen.append(jax.tree.map(np.array, w)), w)
             return jax.grad(loss)(w, batch)
 
-        clean, extra = jax.grad(loss)(params, batch), {}
+        def tail_grad_fn(w):
+            jax.debug.callback(lambda w: seen.append(jax.tree.map(np.array, w)), w)
+            part, share = fam.rare(batch)
+            return jax.tree.map(lambda g: share * g, jax.grad(loss)(w, part))
+
+        clean, extra = jax.grad(loss)(params, batch), {"tail_grad_fn": tail_grad_fn}
+        descended = batch if other is None else other(batch)
+        extra["value_fn"] = functools.partial(loss, batch=descended)
         if other is not None:
-            extra["descent_grad_fn"] = lambda w: jax.grad(loss)(w, other(batch))
+            extra["descent_grad_fn"] = lambda w: jax.grad(loss)(w, descended)
         updates, state = tx.update(clean, state, params, grad_fn=grad_fn, **extra)
         return optax.apply_updates(params, updates), state
 
@@ -115,7 +137,10 @@ def test_trajectory_points_and_cost_are_those_of_the_equations(x64, name, argume
                 np.testing.assert_allclose(fam.norm(fam.add(point, -1, w)), radius, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name, arguments", [c[:2] for c in FIRST.values()], ids=list(FIRST))
+APART = {name: case[:2] for name, case in FIRST.items() if name != "imb_sam"}
+
+
+@pytest.mark.parametrize("name, arguments", APART.values(), ids=APART)
 def test_with_other_examples_for_the_descent(x64, name, arguments):
     """The perturbed gradient, and all that a difference takes with it, are of descent_grad_fn."""
     other = lambda batch: (batch[0][::-1], batch[1])
@@ -147,7 +172,20 @@ REDUCTIONS = [
     ("late_phase", {"method": SAM, "start": 9}, None),
     ("random_perturbation", {"std": 0.0}, None),
     ("eigen_sam", {"rho": 0.0}, None),
-    *[(name, {**arguments, "rho": 0.0}, None) for name, arguments, _ in FIRST.values()],
+    ("unified_sam", {"rho": 0.3, "lmbda": 1.0}, SAM),
+    ("sagm", {"rho": 0.0, "alpha": 0.0}, None),
+    ("le_sam", {"rho": 0.3, "sigma": 1e9}, SAM),
+    ("le_sam", {"rho": 0.3, "sigma": 0.0}, None),
+    ("periodic_sam", {"rho": 0.3, "k": 1}, SAM),
+    ("late_tail", {"method": SAM, "steps": 9, "fraction": 1.0}, SAM),
+    ("late_tail", {"method": SAM, "steps": 9, "fraction": 0.0}, None),
+    ("tilted_sam", {"rho": 0.3, "radius": 0.0}, SAM),
+    ("tilted_sam", {"rho": 0.0, "radius": 0.0}, None),
+    *[
+        (name, {**arguments, "rho": 0.0}, None)
+        for name, arguments, _ in FIRST.values()
+        if name not in ("sagm", "polyak_sam")
+    ],
 ]
 
 
@@ -159,7 +197,8 @@ def test_invariant_9_reductions_to_sam_and_to_the_base_optimizer(x64):
         state = method.init(points[0])
         for w, batch in zip(points, BATCHES, strict=False):
             grad_fn = functools.partial(gradient, batch=batch)
-            out, state = method.update(grad_fn(w), state, w, grad_fn=grad_fn)
+            more = {"tail_grad_fn": grad_fn, "value_fn": functools.partial(jax_loss, batch=batch)}
+            out, state = method.update(grad_fn(w), state, w, grad_fn=grad_fn, **more)
             yield out
 
     plain, sam = list(map(gradient, points, BATCHES[:2])), list(results(SAM))
@@ -177,7 +216,7 @@ def test_stateless_methods_work_in_the_functional_door_with_a_traced_rho(x64):
     stateless = {
         name: arguments
         for name, arguments, _ in FIRST.values()
-        if not jax.tree.leaves(build(name, **arguments).init(PARAMS))
+        if name != "imb_sam" and not jax.tree.leaves(build(name, **arguments).init(PARAMS))
     }
     assert {"gsam", "wsam", "cr_sam", "xsam", "multi_step_sam", "z_sharp"} <= set(stateless)
 
@@ -193,10 +232,11 @@ def test_stateless_methods_work_in_the_functional_door_with_a_traced_rho(x64):
     grad = functools.partial(ref.gradient, batch=BATCHES[0])
     for name, out in gradients(0.25).items():
         arguments = {**stateless[name], "rho": 0.25}
-        assert_close(out, getattr(fam, name)(PARAMS, grad(PARAMS), grad, {"t": 0}, **arguments))
+        memory = {"t": 0, "value": functools.partial(ref.loss, np, batch=BATCHES[0])}
+        assert_close(out, getattr(fam, name)(PARAMS, grad(PARAMS), grad, memory, **arguments))
 
 
-@pytest.mark.parametrize("name", sorted({*FIRST, "eigen_sam"} - {"unnormalised_sam", "fisher_sam"}))
+@pytest.mark.parametrize("name", sorted({*FIRST, "eigen_sam"} - OF_THE_SCALE - {"imb_sam"}))
 def test_the_scale_of_the_loss_passes_through(name):
     """Powers of two, far outside where float32 squares are finite; norms round otherwise there."""
     method = build(name, **FIRST[name][1]) if name in FIRST else sam_optax.eigen_sam()
@@ -291,17 +331,40 @@ def test_shared_momentum_sam_is_momentum_sam_before_its_base(x64, name):
     assert sizes(shared) == sizes(base) + 1  # the count of rho's schedule
 
 
-def test_shared_momentum_sam_says_what_it_looked_for():
+def first_update(tx, params=PARAMS):
+    return tx.update(params, tx.init(params), params, grad_fn=lambda w: w)
+
+
+def test_what_reads_the_memory_of_the_optimizer_says_what_it_looked_for():
+    momentum, moment = sam_optax.shared_momentum_sam, sam_optax.shared_preconditioned_sam
     several = optax.chain(optax.trace(0.9), optax.adam(0.1))
-    for base, number in ((optax.sgd(0.1), 0), (several, 2)):
-        with pytest.raises(ValueError, match=rf"base must .*trace .*mu .*got {number} of"):
-            sam_optax.shared_momentum_sam(base).init(PARAMS)
-    part = optax.masked(optax.sgd(0.1, momentum=0.9), {k: k == "w1" for k in PARAMS})
-    with pytest.raises(ValueError, match=r"structure of params .*got 1 of"):
-        sam_optax.shared_momentum_sam(part).init(PARAMS)
+    for make, base, number in (
+        *((momentum, optax.sgd(0.1), 0), (momentum, several, 2), (moment, optax.sgd(0.1), 0)),
+        (moment, optax.chain(optax.adam(0.1), optax.adam(0.1)), 2),
+    ):
+        fields = "momentum, trace, mu" if make is momentum else "nu"
+        with pytest.raises(ValueError, match=rf"base must .*{fields} .*got {number} of"):
+            first_update(make(base))
+    part = optax.masked(optax.adam(0.1), {k: k == "w1" for k in PARAMS})
+    for make in (momentum, moment):
+        with pytest.raises(ValueError, match=r"structure of params .*got 1 of"):
+            first_update(make(part))
     # A parameter that is called so is none.
-    named = {"mu": jnp.ones(2), "trace": jnp.ones(2)}
-    sam_optax.shared_momentum_sam(optax.sgd(0.1, momentum=0.9)).init(named)
+    named = {"mu": jnp.ones(2), "trace": jnp.ones(2), "nu": jnp.ones(2)}
+    first_update(momentum(optax.sgd(0.1, momentum=0.9)), named)
+    first_update(moment(optax.adam(0.1)), named)
+
+
+def test_shared_preconditioned_sam_is_preconditioned_sam_before_its_base(x64):
+    for base in (optax.adam(0.1, b2=0.8), optax.inject_hyperparams(optax.adamw)(0.1, b2=0.8)):
+        rho = lambda t: 0.05 + 0.01 * t
+        expected, at = run(sam_optax.preconditioned_sam(rho, 0.8, 1e-3), base=base)
+        shared = sam_optax.shared_preconditioned_sam(base, rho, 1e-3)
+        path, points = run(optax.identity(), base=shared)
+        assert_close(path, expected)
+        assert_close(points, at)
+        sizes = lambda tx: sum(x.size for x in jax.tree.leaves(tx.init(PARAMS)))
+        assert sizes(shared) == sizes(base) + 1  # the count of rho's schedule
 
 
 def test_xsam_where_the_angle_vanishes_and_the_search_for_alpha(x64):
@@ -582,15 +645,33 @@ NAN = float("nan")
         ("late_phase", "start", [-1, 1.5]),
         ("adaptive", "steps", [0, 1.5]),
         ("adaptive", "decay", [-0.1, 1.0]),
+        ("unified_sam", "lmbda", [-0.1, 1.1, NAN]),
+        ("sagm", "alpha", [-1.0]),
+        ("le_sam", "sigma", [-1.0]),
+        ("limit_rise", "sigma", [-1.0, NAN]),
+        ("sum_of", "weight", [NAN]),
+        ("preconditioned_sam", "b2", [-0.1, 1.0]),
+        ("preconditioned_sam", "eps", [-1.0]),
+        ("shared_preconditioned_sam", "eps", [-1.0]),
+        ("spectral_sam", "ns_steps", [-1, 1.5]),
+        ("polyak_sam", "bound", [-1.0, 0.0, NAN]),
+        ("polyak_sam", "lowest", [NAN]),
+        ("periodic_sam", "k", [0, 2.5]),
+        ("tilted_sam", "samples", [0, 1.5]),
+        ("tilted_sam", "radius", [-1.0]),
+        ("tilted_sam", "tilt", [NAN]),
+        ("tilted", "count", [0]),
+        ("flat_lora", "rho", [-0.1]),
+        ("flat_lora", "steps", [0, 1.5]),
+        ("late_tail", "steps", [0, 1.5]),
+        ("late_tail", "fraction", [-0.1, 1.1]),
     ],
 )
 def test_errors_name_the_argument_the_rule_and_the_value(name, argument, values):
-    required = {"adaptive": {"steps": 9}, "late_phase": {"start": 9}, "randomised": {}}
-    if name in required:
-        required[name]["method"] = sam_optax.sam()
+    required = {k: v for k, v in public.ARGUMENTS.get(name, {}).items() if k != argument}
     for value in values:
         with pytest.raises(ValueError, match=f"{argument} must .*{value}"):
-            build(name, **{**required.get(name, {}), argument: value})
+            build(name, **required, **{argument: value})
 
 
 # Normalization layers of Flax models.

@@ -25,6 +25,7 @@ PARAMS = ref.network()[0]
 BATCHES = [ref.network(seed)[1] for seed in range(STEPS)]
 elementwise = functools.partial(ref.operator, "elementwise", eta=0.01, normalize_bias=False)
 GAUSSIAN = sam_optax.gaussian_ascent(0.05, key=3)
+NOISE = sam_optax.gaussian_noise(key=4)
 
 
 # Each rule of the library, and NumPy's: filters (g, memory, w, grad) -> d.
@@ -72,6 +73,10 @@ def toward_eigenvector(g, memory, w, grad):
     return fam.add(u, 0.3 * np.sign(fam.dot(g, v)), lean)
 
 
+def precondition(g, memory, w, grad):
+    return fam.divided(g, memory["nu"], 0.01)
+
+
 EIGENVECTOR = sam_optax.toward_eigenvector(0.3, every=1, power_steps=2, key=1)
 FILTERS = {
     "none": (optax.identity(), lambda g, memory, w, grad: g),
@@ -82,6 +87,8 @@ FILTERS = {
     "largest_entries": (sam_optax.largest_entries(0.4, every=1), largest_entries),
     "along_momentum": (sam_optax.along_momentum(), along_momentum),
     "toward_eigenvector": (EIGENVECTOR, toward_eigenvector),
+    "precondition": (sam_optax.precondition(0.01), precondition),
+    "gaussian_noise": (NOISE, lambda g, memory, w, grad: memory["normal"](w)),
 }
 
 
@@ -103,6 +110,17 @@ def dual(d, T, p=2.0):
     return ref.ascent(d, T, 0.3, p) if fam.norm(d) else d
 
 
+def in_turn(d, w, grad, memory):
+    e = fam.scaled(0.2, d)
+    return fam.add(e, 0.3, fam.unit(grad(fam.add(w, 1, e))))
+
+
+def limit_rise(d, w, grad, memory):
+    e = fam.scaled(0.3, fam.unit(d))
+    rise = fam.dot(d, e)
+    return fam.scaled(0.2 / rise, e) if rise > 0.2 else e
+
+
 ASCENTS = {
     "dual_ascent": (sam_optax.dual_ascent(0.3), lambda d, w, *_: dual(d, fam.ones(w))),
     "dual_ascent, p = 1.5": (
@@ -121,6 +139,19 @@ ASCENTS = {
     "fisher_ascent": (sam_optax.fisher_ascent(0.3, 2.0), fisher_ascent),
     # Random: NumPy takes the draws of the library for its own.
     "gaussian_ascent": (GAUSSIAN, lambda d, w, grad, memory: memory["noise"](w)),
+    "sum_of": (
+        sam_optax.sum_of(sam_optax.dual_ascent(0.3), sam_optax.proportional_ascent(0.1), -0.5),
+        lambda d, *_: fam.add(fam.scaled(0.3, fam.unit(d)), -0.05, d),
+    ),
+    "in_turn": (
+        sam_optax.in_turn(sam_optax.proportional_ascent(0.2), sam_optax.dual_ascent(0.3)),
+        in_turn,
+    ),
+    "limit_rise": (sam_optax.limit_rise(sam_optax.dual_ascent(0.3), 0.2), limit_rise),
+    "spectral_ascent": (
+        sam_optax.spectral_ascent(0.3, 8),
+        lambda d, *_: fam.spectral_perturbation(d, 0.3) if fam.norm(d) else d,
+    ),
 }
 
 
@@ -137,7 +168,13 @@ def curvature(g_s, g, e, w, grad):
 
 
 def arc(g_s, g, e, w, grad):
-    return fam.scaled(fam.norm(g_s), fam.slerp(fam.unit(g), fam.unit(g_s), 0.6))
+    start = fam.unit(e if fam.norm(e) else g)
+    return fam.scaled(fam.norm(g_s), fam.slerp(start, fam.unit(g_s), 0.6))
+
+
+def polyak_step(g_s, g, e, w, grad):
+    gain = ref.loss(np, fam.add(w, 1, e), grad.keywords["batch"]) - 0.1 - fam.dot(g_s, e)
+    return fam.scaled(min(max(gain, 0) / fam.dot(g_s, g_s), 0.5), g_s)
 
 
 DESCENTS = {
@@ -158,6 +195,8 @@ DESCENTS = {
         optax.chain(sam_optax.surrogate_gap(0.4), sharpness.monitor()),
         surrogate_gap,
     ),
+    "polyak_step": (sam_optax.polyak_step(0.5, 0.1), polyak_step),
+    "keep_loss": (sam_optax.keep_loss(), lambda g_s, *_: g_s),
 }
 
 
@@ -188,11 +227,14 @@ CADENCES = {
     ),
 }
 PLACES = (FILTERS, ASCENTS, DESCENTS, CADENCES)
-PRODUCT = list(itertools.product(*PLACES))
+# Any of the first rules with any others, and each of the later ones with all of these.
+LATER = {"precondition", "gaussian_noise", "sum_of", "in_turn", "limit_rise", "spectral_ascent"}
+LATER |= {"polyak_step", "keep_loss"}
+PRODUCT = [names for names in itertools.product(*PLACES) if len(LATER & set(names)) <= 1]
 
 # Gradients of rules, beside the caller's and the one at w + e. The eigenvector's refresh linearises
 # one; those of an ascent that is not paid for are dropped by the compiler, but not their counter.
-OF_RULES = {"multi_step": 1, "toward_eigenvector": 1}
+OF_RULES = {"multi_step": 1, "toward_eigenvector": 1, "in_turn": 1}
 IF_PAID = {"curvature": 1}
 
 
@@ -201,7 +243,8 @@ def test_every_rule_of_the_library_is_in_the_product():
     places = [set(itertools.chain(*(n.split(", ") for n in place))) for place in PLACES]
     for kind, place in zip(kinds, places, strict=True):
         rules = {name for name, member in sam_optax.FAMILY.items() if member.kind == kind}
-        assert rules - {"keep_momentum"} <= place  # that one is in every composition
+        keepers = {"keep_momentum", "keep_second_moment"}  # these are in every composition
+        assert rules - keepers <= place
 
 
 def by_numpy(names, grad_at=ref.gradient):
@@ -210,7 +253,8 @@ def by_numpy(names, grad_at=ref.gradient):
         place[name][1] for place, name in zip(PLACES, names, strict=True)
     )
     w, outs, counts = dict(PARAMS), [], []
-    memory = {"momentum": fam.scaled(0, w), "noise": noises()}
+    memory = {"momentum": fam.scaled(0, w), "nu": fam.scaled(0, w)}
+    memory |= {"noise": draws_of(GAUSSIAN), "normal": draws_of(NOISE)}
     cadence = {}
     for t, batch in enumerate(BATCHES):
         grad = functools.partial(grad_at, batch=batch)
@@ -222,6 +266,7 @@ def by_numpy(names, grad_at=ref.gradient):
             count += 1 + sum(IF_PAID.get(name, 0) for name in names)
             g_s = grad(fam.add(w, 1, e))
             memory["momentum"] = fam.add(g_s, 0.8, memory["momentum"])
+            memory["nu"] = {k: 0.9 * memory["nu"][k] + 0.1 * g_s[k] ** 2 for k in w}
             out = descend(g_s, g, e, w, grad)
         else:
             out = g
@@ -231,16 +276,21 @@ def by_numpy(names, grad_at=ref.gradient):
     return outs, counts
 
 
-def noises():
-    """The draws of one run: gaussian_ascent's own, from its own state."""
-    state = GAUSSIAN.init(PARAMS)
+def draws_of(rule):
+    """The draws of one run: a random rule's own, from its own state."""
+    state = rule.init(PARAMS)
 
     def noise(w):
         nonlocal state
-        e, state = GAUSSIAN.update(None, state, jax.tree.map(jnp.asarray, w))
+        e, state = rule.update(None, state, jax.tree.map(jnp.asarray, w))
         return jax.tree.map(np.asarray, e)
 
     return noise
+
+
+def kept(descent):
+    """The descent after those that keep what filters read."""
+    return optax.chain(sam_optax.keep_momentum(0.8), sam_optax.keep_second_moment(0.9), descent)
 
 
 def switch(place, rules, index):
@@ -264,8 +314,7 @@ def switched():
     filters, ascents, descents, cadences = (
         switch(place, [rule for rule, _ in place.values()], i) for i, place in enumerate(PLACES)
     )
-    descent = optax.chain(sam_optax.keep_momentum(0.8), descents)
-    return sam_optax.sharpness_aware(optax.chain(filters, ascents), descent, when=cadences)
+    return sam_optax.sharpness_aware(optax.chain(filters, ascents), kept(descents), when=cadences)
 
 
 CALLS, TRACES = [], []
@@ -286,7 +335,8 @@ def run(tx, chosen):
             return jax.grad(loss_fn)(w, batch)
 
         g = jax.grad(loss_fn)(w, batch)
-        out, state = tx.update(g, state, w, grad_fn=grad_fn, chosen=chosen)
+        value_fn = functools.partial(loss_fn, batch=batch)
+        out, state = tx.update(g, state, w, grad_fn=grad_fn, value_fn=value_fn, chosen=chosen)
         return (jax.tree.map(lambda w, g: w - RATE * g, w, out), state), out
 
     w = jax.tree.map(jnp.asarray, PARAMS)
@@ -320,7 +370,7 @@ def counted(step, *args):
 
 
 def test_the_whole_product(wide):
-    assert len(PRODUCT) == 8 * 7 * 8 * 5
+    assert len(PRODUCT) == (8 * 7 * 8 + 2 * 7 * 8 + 8 * 4 * 8 + 8 * 7 * 2) * 5
     step = jax.jit(functools.partial(run, switched()))
     TRACES.clear()
     for names in PRODUCT:
@@ -337,7 +387,7 @@ def test_compositions_as_they_are_written(wide, names):
     )
     method = sam_optax.sharpness_aware(
         optax.chain(filtered, ascent),
-        optax.chain(sam_optax.keep_momentum(0.8), descent),
+        kept(descent),
         when=when,
     )
     assert_same(names, *counted(jax.jit(functools.partial(run, method)), None))

@@ -16,6 +16,7 @@ FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 TABLES = (
     "step_time",
     "methods",
+    "memory",
     "program",
     "micro_batches",
     "microbatches",

@@ -1,0 +1,170 @@
+"""experiments/compare_methods.py: its methods, tasks, training, statistics and advice."""
+
+import importlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scripts import EXAMPLES, ROOT
+
+import sam_optax
+
+pytestmark = pytest.mark.examples  # they test scripts, not the library
+
+FOLDER = ROOT / "experiments"
+
+
+@pytest.fixture(autouse=True)
+def siblings(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def module(name):
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def digits(cache):
+    return module("_tasks").load("digits", cache, quick=True)
+
+
+def test_every_method_takes_part_or_is_left_out_for_a_reason():
+    methods = module("_methods")
+    kinds = ("method", "wrapper", "optimizer", "examples")
+    public = {name for name, member in sam_optax.FAMILY.items() if member.kind in kinds}
+    known = {name.split(",")[0] for name in methods.METHODS}
+    assert not known & set(methods.LEFT_OUT)
+    assert public <= known | set(methods.LEFT_OUT)
+
+
+def test_every_method_takes_a_step_that_keeps_its_state(digits):
+    methods, training = module("_methods"), module("_compare_training")
+    rows = jax.ShapeDtypeStruct((digits.batch,), jnp.int32)
+    for name, method in methods.METHODS.items():
+        settings = methods.grid(name, digits)
+        assert len(set(settings)) == 6, name
+        carry = jax.eval_shape(lambda: training.first(digits, name, settings[0], 100, 0))  # noqa: B023
+        for pay in (None,) if method.paid is None else (True, False):
+            step = training.make_step(digits, name, settings[0], 100)
+            new = jax.eval_shape(lambda *args: step(*args, pay), carry, rows)  # noqa: B023
+            like = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+            assert like(new) == like(carry), name
+
+
+@pytest.mark.parametrize("name", ["plain", "look_sam, k = 5"])
+def test_training_side_by_side_is_a_loop_of_steps(digits, name):
+    """Also where the length is no whole number of epochs; another length compiles nothing."""
+    methods, training = module("_methods"), module("_compare_training")
+    runs = [
+        training.Run(methods.Setting(0.05, 0.01, 0.1), 3),
+        training.Run(methods.Setting(0.2, 0.0, 0.2), 4),
+    ]
+    found = list(training.fit(digits, name, 17, runs, 2, "test"))
+    for (setting, seed), error in zip(runs, found, strict=True):
+        carry = training.first(digits, name, setting, 17, seed)
+        step = jax.jit(training.make_step(digits, name, setting, 17))
+        for rows in training._order(digits, seed, 17):
+            carry = step(carry, rows)
+        assert error == pytest.approx(float(digits.error(carry[0], digits.test)), abs=0.5)
+    compiled = training._advance._cache_size()
+    list(training.fit(digits, name, 5, runs, 2, "test"))
+    assert training._advance._cache_size() <= max(compiled, 1)
+
+
+def test_the_learning_rate_decays_in_the_tail_alone():
+    job = module("_methods").Job(None, 100, 2.0, 0.0)
+    usual, late = job.schedule(), job._replace(tail=0.3).schedule()
+    assert [float(usual(t)) for t in (0, 5, 100)] == pytest.approx([0, 2, 0], abs=1e-6)
+    assert [float(late(t)) for t in (0, 5, 70, 85, 100)] == pytest.approx([0, 2, 2, 1, 0], abs=1e-6)
+    assert float(job.schedule(moves=2)(100)) == pytest.approx(float(usual(50)))
+
+
+@pytest.mark.parametrize("name", ["cities", "glosses"])
+def test_texts_are_split_without_overlap(name, tmp_path, monkeypatch):
+    text = module("_tasks.text")
+    lines = [
+        f"{i:08} {i % 26:02} n 01 w{i} 0 | the word{i} of many; an example" for i in range(22_100)
+    ]
+    (tmp_path / "data.noun").write_text("  a licence\n" + "\n".join(lines))
+    monkeypatch.setattr(text, "WORDNET", tmp_path)
+    problem = getattr(text, name)(tmp_path, False)
+    sets = [problem.train, problem.validation, problem.test]
+    assert [len(y) for _, y in sets] == [4000, 5000, 13_000]
+    assert {int(y) for _, part in sets for y in np.unique(part)} == set(range(26))
+    tokens = np.asarray(problem.train[0])
+    assert tokens[:, 0].min() >= 1 and tokens.max() < problem.model.tokens
+    # Padding changes no logits: the mean is over the tokens that are there.
+    short = problem.train[0][:2, :4].at[:, 2:].set(0)
+    model = problem.model
+    params = jax.jit(model.init)(jax.random.key(0), short)
+    cut = jax.tree.map(lambda w: w, params)
+    cut["params"]["position"] = params["params"]["position"][:2]
+    apply = jax.jit(model.apply)
+    whole, part = apply(params, short), apply(cut, short[:, :2])
+    np.testing.assert_allclose(whole, part, rtol=1e-4, atol=1e-5)
+
+
+PLAIN, SAM = [13.0, 13.2, 12.8, 13.0], [11.0, 11.1, 10.9, 11.0]
+
+
+def rows_of(**errors):
+    rows = [{"method": "plain", "errors": PLAIN}, {"method": "sam", "errors": SAM}]
+    rows += [{"method": name, "errors": values} for name, values in errors.items()]
+    cost = {"plain": 1.0, "sam": 2.0, "cheap": 1.05, "half": 1.5, "poor": 1.0}
+    return [row | {"gradients": cost[row["method"]], "steps": 9} for row in rows]
+
+
+def test_shares_have_intervals_and_no_gain_has_no_share():
+    report = module("_compare_report")
+    half = [12.0, 12.1, 11.9, 12.0]
+    plain, sam, row = report.judged(rows_of(half=half))
+    assert sam["share"] == 1 and row["share"] == pytest.approx(0.5)
+    low, high = row["share interval"]
+    assert 0.35 < low < 0.5 < high < 0.65
+    assert row["p against sam"] < 0.01 and "share" not in plain
+    assert report.percent(row) == f"50 ({100 * low:.0f} to {100 * high:.0f})"
+    wide = report.interval(PLAIN, SAM, [10.0, 14.0, 11.0, 13.0])
+    assert wide[1] - wide[0] > 3 * (high - low)
+    rows = report.judged([{"method": "plain", "errors": SAM}, {"method": "sam", "errors": PLAIN}])
+    assert np.isnan(rows[1]["share"]) and report.percent(rows[1]) == "-"
+    assert "SAM gains nothing" in report.advice(rows, {})
+
+
+def test_holm_is_the_textbooks():
+    corrected = module("_compare_report").holm([0.01, 0.04, 0.03, 0.005])
+    np.testing.assert_allclose(corrected, [0.03, 0.06, 0.06, 0.02])
+
+
+def test_the_advice_follows_from_the_rows():
+    report = module("_compare_report")
+    near, half = [11.1, 11.2, 11.0, 11.1], [12.0, 12.1, 11.9, 12.0]
+    reached = report.advice(report.judged(rows_of(cheap=near, half=half)), {})
+    assert "cheap (1.05 of a plain step, 95 (" in reached and "none" not in reached
+    missed = report.advice(report.judged(rows_of(poor=half, half=near)), {})
+    assert "none; of those so cheap poor (1.00 of" in missed and "half (1.50 of" in missed
+    # Measured times count, where they are there.
+    dear = report.advice(report.judged(rows_of(cheap=near)), {"cheap": [1.2, 1.3, 1.4]})
+    assert "none" in dear and "cheap (1.30 of" in dear
+
+
+def test_a_report_counts_what_the_log_holds(tmp_path, capsys):
+    """Run in phases, it ends with the tables of all of them, and trains nothing twice."""
+    compare = module("compare_methods")
+    options = ["--quick", "--out", str(tmp_path)]
+    compare.main([*options, "--phase", "steps", "gradients"])
+    log = (tmp_path / "compare_digits_quick.jsonl").read_text()
+    capsys.readouterr()
+    compare.main([*options, "--phase", "steps", "gradients", "report"])
+    assert (tmp_path / "compare_digits_quick.jsonl").read_text() == log
+    record = json.loads((tmp_path / "compare_digits_quick.json").read_text())
+    assert set(record["pictures"]) == {"steps", "gradients"}
+    assert record["pages"]["At equal steps"][0][0] == "method"
+    assert {row["steps"] for row in record["pictures"]["steps"]} == {24}

@@ -230,7 +230,7 @@ def overview(results: dict[str, tuple[Trials, dict[str, Row]]]) -> Any:
         range(len(results)), [t.name.replace(", ", "\n", 1) for t, _ in results.values()]
     )
     axis.set(ylim=(len(results) - 0.5, -0.5), xlabel="points of test error (95 % over splits)")
-    axis.set_title("Right of the line: better. Filled: told apart (Holm).", size=9)
+    axis.set_title("Right of the line: better. Filled: told apart (Holm, within the task).", size=9)
     axis.set_xscale("symlog", linthresh=2)
     axis.xaxis.set_major_formatter("{x:g}")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)

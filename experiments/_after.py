@@ -30,9 +30,10 @@ def rounded(params: Any, bits: int) -> Any:
 
 def calibration_error(logits: np.ndarray, y: np.ndarray) -> float:
     """Expected calibration error in %: the gap of confidence and accuracy, over equal bins."""
-    confidence, right = jax.nn.softmax(logits).max(-1), logits.argmax(-1) == y
-    bins = np.minimum((np.asarray(confidence) * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, np.asarray(confidence) - right, BINS)
+    right = logits.argmax(-1) == y
+    confidence = np.nan_to_num(jax.nn.softmax(logits).max(-1), nan=1.0)  # of a diverged network
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gaps = np.bincount(bins, confidence - right, BINS)
     return 100 * float(np.abs(gaps).sum() / len(y))
 
 

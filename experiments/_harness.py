@@ -138,7 +138,7 @@ class Study:
         self._inherited: set[str] = set()  # runs of before that nobody asked for yet
         self._claims: list[dict[str, str]] = []
         self.out.mkdir(parents=True, exist_ok=True)
-        if not args.fresh:
+        if log or not args.fresh:  # --fresh is of the script that the log belongs to
             self._read_log()
         self._write_log()
         self._bar = tqdm.tqdm(desc=self.name, unit="run", total=0, position=0, dynamic_ncols=True)

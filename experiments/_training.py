@@ -1,7 +1,8 @@
 """Training of a task by a method: one compiled program for both, whatever the hyper-parameters.
 
 The length of a training is a hyper-parameter, too: a program is `task.chunk` steps, called as often
-as it takes, and the schedules know the number of steps as a traced value.
+as it takes, and the schedules know the number of steps as a traced value. Batches are cut out on
+the host, so that the number of examples is no matter for the program either.
 """
 
 import contextlib
@@ -130,17 +131,18 @@ def _start(task: Task, method: Method, hyper: Hyper, params: Any, state: Any) ->
 
 @functools.partial(jax.jit, static_argnames=("task", "method", "pay"))
 def _chunk(
-    task: Task, method: Method, pay: bool | None, hyper: Hyper, data: Examples, carry: Carry, rows
+    task: Task, method: Method, pay: bool | None, hyper: Hyper, carry: Carry, batches: Examples
 ) -> Carry:
     tx = optax.with_extra_args_support(method.build(hyper, base_optimizer(task, hyper)))
     word = {} if pay is None else {"pay": pay}
 
-    def step(carry: Carry, rows: jax.Array) -> tuple[Carry, None]:
+    def step(carry: Carry, batch: Examples) -> tuple[Carry, None]:
+        x, y = batch
         key = jax.random.fold_in(jax.random.key(hyper["seed"]), carry.count)
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
-            outputs, moved = task.apply(params, carry.state, data[0][rows], key, hyper)
-            return task.loss(outputs, data[1][rows], hyper).mean(), moved
+            outputs, moved = task.apply(params, carry.state, x, key, hyper)
+            return task.loss(outputs, y, hyper).mean(), moved
 
         evaluate = sam_optax.value_and_grad_fn(loss, has_aux=True)
         (value, state), grads, grad_fn = evaluate(carry.params)
@@ -151,8 +153,8 @@ def _chunk(
         return Carry(params, state, opt_state, carry.count + 1), None
 
     if task.chunk == 1:
-        return step(carry, rows[0])[0]
-    return jax.lax.scan(step, carry, rows)[0]
+        return step(carry, jax.tree.map(lambda a: a[0], batches))[0]
+    return jax.lax.scan(step, carry, batches)[0]
 
 
 def orders(seed: int, examples: int, batch: int, steps: int) -> np.ndarray:
@@ -202,12 +204,12 @@ def fit(
     with _compiling:  # of two threads the second waits for the program of the first
         params, state = start or task.init(jax.random.key(seed))
         carry = _start(task, method, hyper, params, state)
-    data = jax.device_put(data)
+    x, y = map(np.asarray, data)
     for first in range(0, steps, task.chunk):
         pay = first >= tail if method.late else None
         part = rows[first : first + task.chunk]
         with _compiling if first in (0, tail) else contextlib.nullcontext():
-            carry = _chunk(task, method, pay, hyper, data, carry, part)
+            carry = _chunk(task, method, pay, hyper, carry, (x[part], y[part]))
         if watch:
             watch(first + task.chunk, carry)
     return Trained(carry.params, carry.state)
@@ -221,11 +223,10 @@ def _outputs(task: Task, trained: Trained, x: Any) -> Any:
 
 def outputs(task: Task, trained: Trained, x: Any) -> np.ndarray:
     """What a network says to all examples; one program for sets of all sizes."""
-    size = min(EVALUATED, -(-len(x) // 8) * 8)
     parts = []
-    for first in range(0, len(x), size):
-        part = np.asarray(x[first : first + size])
-        rest = [(0, size - len(part))] + [(0, 0)] * (part.ndim - 1)
+    for first in range(0, len(x), EVALUATED):
+        part = np.asarray(x[first : first + EVALUATED])
+        rest = [(0, EVALUATED - len(part))] + [(0, 0)] * (part.ndim - 1)
         with _compiling if first == 0 else contextlib.nullcontext():
             said = _outputs(task, trained, np.pad(part, rest))
         parts.append(np.asarray(said)[: len(part)])
@@ -233,5 +234,5 @@ def outputs(task: Task, trained: Trained, x: Any) -> np.ndarray:
 
 
 def error(task: Task, said: np.ndarray, y: np.ndarray) -> float:
-    """Mean in %."""
-    return 100 * float(np.mean(task.error(said, y)))
+    """Mean in %; what is not a number is an error."""
+    return 100 * float(np.nan_to_num(task.error(said, y), nan=1.0).mean())

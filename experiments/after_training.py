@@ -30,6 +30,7 @@ COMPARED = METHODS[:3]  # base, SAM, ASAM
 EQUAL = ", the base's rate"  # after the name of a method
 FORGETTING = ("mlp", "text", "vit")  # clean labels
 AGAIN, SLOWER = 0.5, 0.3  # length and learning rate of fine-tuning, over those of training
+FINE_TUNED = 1.5  # time of a training and fine-tuning with its checks, over that of a training
 CHECKED = 1000  # examples by which it is seen how well the classes are known
 MEASURES = {  # what is tested -> (words, how from the results of a run)
     "bits4": ("rise with weights of 4 bits", lambda run: run["bits4"] - run["error"]),
@@ -104,7 +105,7 @@ def forgetting(study: Study, trials: Trials) -> dict[str, list[Result]]:
             with ThreadPoolExecutor(WORKERS) as pool:
                 return list(pool.map(one, group))
 
-        weight = lambda key: 1.5 * trials.seconds(method, setting)
+        weight = lambda key: FINE_TUNED * trials.seconds(method, setting)
         return study.collect(keys, compute, WORKERS, weight)
 
     return {method.name: courses(method) for method in COMPARED}
@@ -216,6 +217,9 @@ def main(argv=None):
     for trials in ahead:
         for method in COMPARED:
             trials.expect(method)
+        study.expect(sum(trials.plan(method)[1] for method in COMPARED[1:]))
+    for trials in halved:
+        study.expect(FINE_TUNED * sum(trials.plan(method)[1] for method in COMPARED))
     results = {trials.name: arms(trials) for trials in ahead}
     forgot = {trials.name: forgotten(forgetting(study, trials)) for trials in halved}
     for name, found in results.items():

@@ -16,6 +16,7 @@ stopped; OUT/does_it_pay.json has every trial.
 
 import argparse
 import functools
+import json
 import os
 import sys
 from _statistics import Curve, expected_best, expected_gain, from_trial, holm, paired
@@ -229,11 +230,28 @@ def overview(results: dict[str, tuple[Trials, dict[str, Row]]]) -> Any:
         range(len(results)), [t.name.replace(", ", "\n", 1) for t, _ in results.values()]
     )
     axis.set(ylim=(len(results) - 0.5, -0.5), xlabel="points of test error (95 % over splits)")
-    axis.set_title("Right of the line: better. Filled: told apart (Holm).", size=9)
+    axis.set_title("Right of the line: better. Filled: told apart (Holm, within the task).", size=9)
     axis.set_xscale("symlog", linthresh=2)
     axis.xaxis.set_major_formatter("{x:g}")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def curves_of(results: dict[str, tuple[Trials, dict[str, Row]]]) -> dict[str, Any]:
+    """Expected errors of the best of 1, 2, ... trials, with their intervals, for JSON."""
+    plain = lambda curve: {
+        name: np.round(values, 4).tolist() for name, values in curve._asdict().items()
+    }
+    return {
+        name: {
+            row.method.name: {
+                on: plain(expected_best(row.search.validation, errors))
+                for on, errors in (("test", row.search.test), ("validation", row.search.validation))
+            }
+            for row in rows.values()
+        }
+        for name, (_, rows) in results.items()
+    }
 
 
 def table(results: dict[str, tuple[Trials, dict[str, Row]]], budget: int) -> str:
@@ -244,6 +262,7 @@ def table(results: dict[str, tuple[Trials, dict[str, Row]]], budget: int) -> str
     compared = {name: next(r for r in rows.values() if r.method is not BASE)
                 for name, (_, rows) in results.items()}  # fmt: skip
     p_welch, p_paired = (holm([row.raw_p[kind] for row in compared.values()]) for kind in (0, 1))
+    name_of_first = next(iter(compared.values())).method.name
     lines = []
     for (name, (trials, rows)), welch_p, paired_p in zip(
         results.items(), p_welch, p_paired, strict=True
@@ -266,8 +285,13 @@ def table(results: dict[str, tuple[Trials, dict[str, Row]]], budget: int) -> str
             )
         )
     header = [
-        *("network, data", "labels", "base, test error %", "SAM, test error %"),
-        *("p (Welch, paired)", f"does SAM pay, with up to {budget} trials?", "others", "command"),
+        *("network, data", "labels", "base, test error %", f"{name_of_first}, test error %"),
+        *(
+            "p (Welch, paired)",
+            f"does {name_of_first} pay, with up to {budget} trials?",
+            "others",
+            "command",
+        ),
     ]
     cells = [header, ["---"] * len(header), *lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
@@ -346,8 +370,10 @@ def main(argv=None):
         results[trials.name] = trials, rows
         report(study, trials, rows)
         draw(study, trials, rows)
+    quick = "_quick" * study.quick
+    (study.out / f"does_it_pay_curves{quick}.json").write_text(json.dumps(curves_of(results)))
     text = table(results, ahead[0].trials)
-    name = f"does_it_pay{'_quick' if study.quick else ''}.md"
+    name = f"does_it_pay{quick}.md"
     (study.out / name).write_text(text)
     print(f"\n{text}\nTable: {study.out / name}")
     return study.finish(overview(results))

@@ -4,10 +4,10 @@
     python experiments/run_all.py p_norm m_sharpness   # some
     python experiments/run_all.py --quick              # digits, tiny grids, for CI
 
-Writes OUT/claims.md and OUT/claims.json. An interrupted run, started again, goes on where it
-stopped. Claims 1 to 4 at their published size (ImageNet, Wide ResNets on CIFAR) need data and
-machines of their own: their rows point at examples/image_classification.py, which has the settings
-for CIFAR; ImageNet is left out.
+Writes OUT/claims.md, OUT/claims.json and OUT/RESULTS.md; RESULTS.md beside this file is a copy of
+the last. An interrupted run, started again, goes on where it stopped. Claims 1 to 4 at their
+published size (ImageNet, Wide ResNets on CIFAR) need data and machines of their own: their rows
+point at examples/image_classification.py, which has the settings for CIFAR; ImageNet is left out.
 """
 
 import argparse
@@ -19,7 +19,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 OTHERS = (Path(__file__).stem, "compare_methods")  # which tests no claim
-NAMES = sorted(p.stem for p in HERE.glob("[!_]*.py") if p.stem not in OTHERS)
+FIRST = "does_it_pay"  # whose runs these share:
+SHARING = ("after_training", "rho_rules", "sensitivity")
+NAMES = sorted(p.stem for p in HERE.glob("[!_]*.py") if p.stem not in (*OTHERS, *SHARING))
+NAMES += SHARING
 QUICK = ("scale_invariance",)  # with --quick and no names: the others have tests of their own
 WRN = "examples/image_classification.py --model"  # settings 1 to 3 of its docstring
 ELSEWHERE = [  # claim, published, command
@@ -54,6 +57,30 @@ def markdown(rows):
     return "".join(f"| {' | '.join(map(clean, line))} |\n" for line in lines)
 
 
+def results(records, claims, pays):
+    """The page of results: when and where, does it pay, what was fixed beforehand, all claims."""
+    first = records[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    minutes = sum(record["seconds"] for record in records) / 60
+    lines = [
+        "# Results of the experiments",
+        f"Written by `python experiments/run_all.py` on {first['date'][:10]}: {first['cores']} "
+        f"cores, {first['device']}, {versions}. {minutes:.0f} minutes of work. Errors are means "
+        "and standard deviations over fresh seeds.",
+    ]
+    if pays:
+        lines += [
+            "## Does it pay?",
+            "Test errors at equal tuning and equal compute; p of Welch's test over runs and of a "
+            "paired test over splits, corrected (Holm) for all rows. What was looked at before, "
+            "what was fixed beforehand and what was changed after a test error was seen: "
+            "[PREREGISTERED.md](PREREGISTERED.md).",
+            pays.strip(),
+        ]
+    lines += ["## Claims", "p is Welch's, not corrected unless it says so.", claims.strip()]
+    return "\n\n".join(lines) + "\n"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"some of {', '.join(NAMES)}; all by default")
@@ -84,6 +111,10 @@ def main(argv=None):
     rows.sort(key=lambda row: int(re.match(r"\d*", row[0]).group() or 99))  # others at the end
     table, stem = markdown(rows), "claims_quick" if args.quick else "claims"
     (args.out / f"{stem}.md").write_text(table)
+    quick = "_quick" * args.quick
+    pays = args.out / f"{FIRST}{quick}.md"
+    pays = pays.read_text() if FIRST in names and pays.exists() else ""
+    (args.out / f"RESULTS{quick}.md").write_text(results(records, table, pays))
     (args.out / f"{stem}.json").write_text(json.dumps(records, indent=1))
     print(f"\n{table}\n{time.perf_counter() - begin:.0f} s in all. Table: {args.out / stem}.md")
     return records

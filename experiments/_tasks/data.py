@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
 from _tasks.networks import PAD
 from _tasks.task import Split
 

@@ -138,8 +138,8 @@ def fine_tuning(source: Source) -> Task:
     splits = functools.cache(lambda number: data.draw_few(new, number, few, 4000))
     return Task(
         *(_name("fine_tuning", source.images, source), start, apply, splits),
-        ranges=(("lr", LogUniform(0.0001, 0.003)), SMOOTHING, DROPOUT),
-        gradients=_length(source, 300), batch=20, seconds=1.5,
+        ranges=(("lr", LogUniform(0.0003, 0.01)), SMOOTHING, DROPOUT),
+        gradients=_length(source, 300), batch=20, seconds=1.2,
     )  # fmt: skip
 
 

@@ -260,7 +260,7 @@ def test_fit_is_a_plain_loop(small):
     x, y = blobs(0).train
     shape = optax.warmup_cosine_decay_schedule(0, 1, 50, 1000)
     tx = optax.chain(
-        optax.add_decayed_weights(0.001, training.kernels),
+        optax.add_decayed_weights(0.01, lambda params: jax.tree.map(lambda w: w.ndim > 1, params)),
         optax.sgd(lambda count: 0.1 * shape(50 * count), 0.9, nesterov=True),
     )
     params, _ = small.init(jax.random.key(3))
@@ -274,7 +274,8 @@ def test_fit_is_a_plain_loop(small):
         grads = jax.grad(loss)(optax.apply_updates(params, e))
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-    found = training.fit(small, training.SAM, SETTING, 3, blobs(0).train, 20)
+    setting = SETTING | {"weight_decay": 0.01}
+    found = training.fit(small, training.SAM, setting, 3, blobs(0).train, 20)
     for a, b in zip(jax.tree.leaves(params), params_of(found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
@@ -410,8 +411,9 @@ def test_rounding():
         found = after.rounded(params, bits)
         levels = 2 ** (bits - 1) - 1
         scale = float(jnp.abs(w).max()) / levels
-        values = np.unique(np.round(found["kernel"] / scale, 3))
-        assert np.all(values == np.round(values)) and np.abs(values).max() == levels
+        values = np.asarray(found["kernel"]) / scale
+        np.testing.assert_allclose(values, np.round(values), atol=1e-4)
+        assert np.abs(values).max() == pytest.approx(levels)
         assert float(jnp.abs(found["kernel"] - w).max()) <= scale / 2 * 1.001
         np.testing.assert_array_equal(found["bias"], w[0])
         np.testing.assert_array_equal(found["none"], 0)
@@ -428,6 +430,10 @@ def test_calibration_error():
         0, abs=1e-4
     )
     assert after.calibration_error(logits, np.array([1] * 10)) == pytest.approx(80, rel=1e-4)
+    # Two bins whose gaps do not make up for each other: .8 - 1 and .6 - .4.
+    logits = np.log(np.array([[0.8, 0.2]] * 5 + [[0.6, 0.4]] * 5))
+    found = after.calibration_error(logits, np.array([0] * 5 + [0, 0, 1, 1, 1]))
+    assert found == pytest.approx(20, rel=1e-4)
 
 
 def test_noise_of_the_input():
@@ -538,6 +544,41 @@ def test_a_task_of_the_users_own(tmp_path, capsys, monkeypatch):
 def test_bad_arguments(tmp_path, arguments, message):
     with pytest.raises((SystemExit, ValueError), match=message):
         module("does_it_pay").main(["--quick", "--out", str(tmp_path), *arguments])
+
+
+def test_the_page_of_results_has_all_tables():
+    run_all = module("run_all")
+    record = {"date": "2026-01-02T00:00", "cores": 2, "device": "1 x cpu", "seconds": 90.0}
+    found = run_all.results([record | {"versions": {"jax": "1"}}] * 2, "| claim |", "| pays |")
+    assert all(part in found for part in ("2026-01-02", "3 minutes", "| claim |", "| pays |"))
+    assert "PREREGISTERED" in found and (FOLDER / "PREREGISTERED.md").exists()
+    # The scripts that share the log of another run after it.
+    after = run_all.NAMES.index(run_all.FIRST)
+    assert all(run_all.NAMES.index(name) > after for name in run_all.SHARING)
+
+
+def test_a_shared_log_is_not_forgotten(tmp_path):
+    harness = module("_harness")
+    options = ["--out", str(tmp_path)]
+    keys, ran = [{"seed": 0}, {"seed": 1}], []
+    run = lambda group: [ran.append(key) or {"error": 1.0} for key in group]
+    harness.Study("one.py", "Title.", options).collect(keys, run)
+    harness.Study("two.py", "Title.", [*options, "--fresh"], log="one").collect(keys, run)
+    assert len(ran) == 2
+    harness.Study("one.py", "Title.", [*options, "--fresh"]).collect(keys, run)
+    assert len(ran) == 4
+
+
+def test_the_time_left_counts_only_what_is_missing(tmp_path):
+    harness = module("_harness")
+    keys = [{"seed": seed} for seed in range(4)]
+    run, weight = (lambda group: [{"error": 1.0}] * len(group)), (lambda key: 2.0 + key["seed"])
+    study = lambda: harness.Study("one.py", "Title.", ["--out", str(tmp_path)])
+    study().collect(keys[:2], run)
+    again = study()
+    again.expect(sum(map(weight, keys)))
+    again.collect(keys, run, 1, weight)
+    assert again._bar.n == again._bar.total == 4 + 5
 
 
 def test_what_was_fixed_beforehand_is_what_runs():

@@ -68,14 +68,14 @@ def _begin(task: Task, name: str, settings: Setting, steps: Any, seeds: jax.Arra
 
 
 @functools.partial(jax.jit, static_argnames=("task", "name"), donate_argnames="carries")
-def _advance(task: Task, name: str, settings: Setting, steps: Any, carries: Any, orders: Any):
+def _advance(
+    task: Task, name: str, settings: Setting, steps: Any, carries: Any, orders: Any, n: Any
+):
+    """The first n of the steps in orders, whose length is always an epoch's."""
+
     def one(setting: Setting, carry: Any, order: jax.Array) -> Any:
         step = make_step(task, name, setting, steps)
-        # A row of -1 pads the last piece of the training.
-        keep = lambda carry, rows: jax.lax.cond(
-            rows[0] < 0, lambda: carry, lambda: step(carry, rows)
-        )
-        return jax.lax.scan(lambda c, rows: (keep(c, rows), None), carry, order)[0]
+        return jax.lax.fori_loop(0, n, lambda i, carry: step(carry, order[i]), carry)
 
     return over_lanes(name, one)(settings, carries, orders)
 
@@ -97,9 +97,9 @@ def fit(
     piece = len(task.train[1]) // task.batch  # an epoch
     for begin in range(0, steps, piece):
         rows = orders[:, begin : begin + piece]
-        padding = piece - rows.shape[1]
-        rows = np.pad(rows, ((0, 0), (0, padding), (0, 0)), constant_values=-1)
-        carries = _advance(task, name, settings, count, carries, rows)
+        n = rows.shape[1]
+        rows = np.pad(rows, ((0, 0), (0, piece - n), (0, 0)))
+        carries = _advance(task, name, settings, count, carries, rows, n)
     yield from np.asarray(_errors(task, carries[0], on))[: len(runs)]
 
 

@@ -334,6 +334,7 @@ def main() -> None:
     # Times are measured on a quiet machine, volumes on any: each has its own circumstances.
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     now = _report.circumstances(("jax", "optax"))
+    del now["platform"]  # nothing but the compiler and the cores counts
     results["volumes"] = now | {"rows": volumes()}
     if args.times:
         results["times"] = now | {"rows": times(args.times)}

@@ -1,5 +1,6 @@
 """Single cases at the edges: what random attacks and mutations found, each kept by its name."""
 
+import concurrent.futures
 import functools
 
 import jax
@@ -166,6 +167,50 @@ def test_the_mask_of_a_bad_step_is_not_kept(bad):
     np.testing.assert_array_equal(after.mask["a"], state.mask["a"])
     _, last = keep.update({"a": -other["a"].at[2].set(0.0), "n": jnp.arange(2)}, after)
     np.testing.assert_array_equal(last.mask["a"], [False, True, False, True])
+
+
+@pytest.mark.parametrize("where", ["a group", "a device"])
+def test_one_bad_group_of_several_is_seen_by_all(where):
+    """The mean over groups is not finite, and a guard around the optimizer skips the step."""
+    loss_fn = lambda w, x: jnp.mean(jnp.sum(jnp.tanh(x * w[None]) ** 2, -1))
+    w, x = jnp.array([1.0, -2.0]), jnp.ones((8, 2)).at[5, 0].set(jnp.nan)
+    if where == "a group":
+        options = {"microbatch_size": 2}
+    else:
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+        options = {"axis_name": "data", "mesh": mesh}
+    grads = sam_optax.grad(loss_fn, sam_optax.sam(0.1), **options)(w, x)
+    assert not np.isfinite(grads).any()
+    guarded = optax.apply_if_finite(optax.sgd(0.1, momentum=0.9), 3)
+    state = guarded.init(w)
+    updates, after = guarded.update(grads, state, w)
+    np.testing.assert_array_equal(updates, 0)
+    jax.tree.map(np.testing.assert_array_equal, after.inner_state, state.inner_state)
+
+
+# --- threads ---
+
+
+@pytest.mark.parametrize("name", ["sam", "look_sam", "vasso", "multi_step_sam"])
+def test_two_threads_share_one_transformation(name):
+    """It holds nothing of a run: each thread gets what it would get alone."""
+    tx = build(name)
+    loss_fn = lambda w: jnp.sum(jnp.tanh(w) ** 2)
+    step = jax.jit(one_step(tx, loss_fn))
+
+    def run(start):
+        w = jnp.full(3, start)
+        state = tx.init(w)
+        for _ in range(20):
+            updates, state = step(w, state)
+            w = w - 0.1 * updates
+        return w, state
+
+    starts = [0.5, -1.5]
+    alone = list(map(run, starts))
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(run, starts))
+    jax.tree.map(np.testing.assert_array_equal, together, alone)
 
 
 # --- directions that are parallel ---

@@ -126,7 +126,8 @@ def link(name: str) -> str:
 
 
 def cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "<br>")
+    """Bars are escaped but in code, where Markdown would show the backslash."""
+    return re.sub(r"(`[^`]*`)|\|", lambda m: m[1] or r"\|", text).replace("\n", "<br>")
 
 
 def row(*cells: str) -> str:

@@ -133,7 +133,7 @@ def composition(method: optax.GradientTransformation | Callable[..., Any]) -> Co
     if name in _AROUND:
         return whole._replace(around=(_part(update, name), *whole.around))
     if held:
-        return whole._replace(own=name)
+        return whole._replace(own=name.strip("_"))
     rules = [part for x in _links(inside.values()) for part in _parts(x) if part.name in FAMILY]
     return Composition(ascent=tuple(rules), own=name)
 
@@ -191,6 +191,8 @@ def _parts(link: Any) -> tuple[Part, ...]:
     if package not in (__package__, "optax") or "." not in _name(fn) or name in FAMILY:
         # A function of the user's, or a rule of one method alone, whose name is within it.
         return (Part(_name(fn).rpartition(".")[2].strip("_<>"), {}),)
+    if fn.__module__.startswith(f"{__package__}._family."):
+        return (Part(name.strip("_"), {}),)
     if links:  # a chain, or what prepares a rule
         return tuple(part for link in links for part in _parts(link))
     return () if _name(fn) == _name(optax.identity().update) else (Part(name, {}),)

@@ -12,7 +12,7 @@ from sam_optax._family.random_perturbation import gaussian_ascent
 from sam_optax._hyperparameters import combined
 from sam_optax._rules import stateless
 from sam_optax._sharpness_aware import sharpness_aware
-from sam_optax._types import Mask
+from sam_optax._types import Mask, Normalization
 
 
 def flat_lora(
@@ -79,22 +79,37 @@ def flat_lora(
     _checks.at_least("rho", rho, 0.0)
     steps = _checks.integer_at_least("steps", steps, 1, traced=True)
     ramp = lambda count: (1 - jnp.cos(jnp.pi * jnp.minimum(count / steps, 1))) / 2
+    std = combined(lambda r, f: r * f, rho, ramp)
+    ascent = gaussian_ascent(std, key, normalization=_rows_of(merged), mask=frozen)
+    return sharpness_aware(ascent, _adapters_alone(frozen))
 
-    def rows(params: optax.Params) -> optax.Params:
-        return jax.tree.map(_row_scale, params if merged is None else merged(params))
 
-    def adapters_alone(updates: optax.Updates, params: optax.Params) -> optax.Updates:
+def _adapters_alone(frozen: Mask) -> optax.GradientTransformationExtraArgs:
+    """A descent that has 0 for frozen leaves."""
+
+    def kept(updates: optax.Updates, params: optax.Params) -> optax.Updates:
         leaves, treedef = jax.tree.flatten(updates)
         fixed = _masks.chosen(frozen, treedef, leaves, params, "frozen")
-        kept = [
+        parts = [
             jnp.zeros_like(_numerics.movable(g)) if f else g
             for f, g in zip(fixed, leaves, strict=True)
         ]
-        return jax.tree.unflatten(treedef, kept)
+        return jax.tree.unflatten(treedef, parts)
 
-    std = combined(lambda r, f: r * f, rho, ramp)
-    ascent = gaussian_ascent(std, key, normalization=rows, mask=frozen)
-    return sharpness_aware(ascent, stateless(adapters_alone))
+    return stateless(kept)
+
+
+def _rows_of(merged: Callable[[optax.Params], optax.Params] | None) -> Normalization:
+    """The operator T that is ||row||/sqrt(length) of the merged weights."""
+
+    def rows(params: optax.Params) -> optax.Params:
+        if merged is None:
+            return jax.tree.map(_row_scale, params)
+        whole = merged(params)
+        _checks.same_structure("the result of merged", whole, params)
+        return jax.tree.map(_row_scale, whole)
+
+    return rows
 
 
 def _row_scale(w: Any) -> jax.Array:

@@ -70,7 +70,13 @@ def imb_sam(
     """
     ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
     ascent = optax.chain(stateless(_tail_gradient), ascent)
-    method = sharpness_aware(ascent, stateless(_add_head))
+    return _along_the_tail(sharpness_aware(ascent, stateless(_add_head)))
+
+
+def _along_the_tail(
+    method: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """The method with tail_grad_fn as the function that its perturbed gradient comes from."""
 
     def update(
         updates: optax.Updates,

@@ -50,7 +50,8 @@ def test_spectral_ascent_leaves_singular_directions_without_gradient_alone():
     for scale in (1.0, 1e-30, 1e30):
         ascent = sam_optax.spectral_ascent(0.5)
         e, _ = ascent.update(jax.tree.map(lambda x, s=scale: s * x, g), ascent.init(g))
-        assert_close(e["w"], 0.5 * np.outer(u, v), rtol=1e-4, atol=1e-6)
+        # What rounding has put into the other directions grows some hundredfold.
+        assert_close(e["w"], 0.5 * np.outer(u, v), rtol=0, atol=2e-4)
         assert not e["zero"].any()
 
 
@@ -147,6 +148,17 @@ def test_flat_lora_puts_noise_on_the_frozen_rows_alone(x64):
         error = 1 / np.sqrt(x.size)
         assert abs(x.mean()) < 4 * error and abs(x.var() - 1) < 4 * np.sqrt(2) * error
         assert all(abs(x @ y) < 5 * np.sqrt(x.size) for y in drawn[:i])
+
+
+def test_flat_lora_says_what_does_not_fit():
+    params = {"W": jnp.ones((2, 2)), "A": jnp.ones(2)}
+    for arguments, message in (
+        ({"frozen": {"V": True}}, "mask must have the structure of params"),
+        ({"frozen": True, "merged": lambda p: p["W"]}, "the result of merged must have"),
+    ):
+        tx = sam_optax.flat_lora(steps=3, **arguments)
+        with pytest.raises(ValueError, match=message):
+            tx.update(params, tx.init(params), params, grad_fn=lambda p: p)
 
 
 # Model and loss apart.
@@ -301,3 +313,12 @@ def test_losses_and_clean_gradients_of_a_point_visited_anyway_are_free(name):
     x = jnp.ones((4096, 32))
     ratio = flops(step, params, x) / flops(jax.grad(loss), params, x)
     assert 1.9 < ratio < 2.2, ratio
+
+
+def test_a_step_that_is_not_finite_leaves_the_second_moment_as_it_is():
+    keep = sam_optax.keep_second_moment(0.5)
+    state = keep.update(jnp.full(2, 3.0), keep.init(jnp.zeros(2)))[1]
+    for bad in (jnp.nan, jnp.inf):
+        out, after = keep.update(jnp.array([1.0, bad]), state)
+        np.testing.assert_array_equal(after.nu, state.nu)
+        assert not np.isfinite(out).all()

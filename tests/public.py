@@ -27,7 +27,8 @@ ARGUMENTS = {
     "lookbehind": {"base": optax.sgd(0.1)},
     "multi_step": {"ascent": sam_optax.dual_ascent(0.1)},
     "pmean": {"axis_name": "batch"},
-    "preconditioned_sam": {"eps": 0.01},  # or rounding would be divided by next to nothing
+    "precondition": {"eps": 0.01},  # or rounding would be divided by next to nothing
+    "preconditioned_sam": {"eps": 0.01},
     "proportional_ascent": {"rho": 0.1},
     "randomised": {"method": sam_optax.sam()},
     "running_average": {"weight": 0.5},

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sam_optax import _checks, _masks, _normalization, _numerics
 from sam_optax._hyperparameters import count_for, scheduled
@@ -71,7 +72,7 @@ def spectral_ascent(
 
     Note:
       No gradient evaluation; three products of matrices a step, at the side that
-      is shorter. Muon's iteration alone would leave lengths of 0.7 to 1.2 rho.
+      is shorter. A matrix spread over explicit axes of a mesh is gathered. Muon's iteration alone would leave lengths of 0.7 to 1.2 rho.
     """
     _checks.at_least("rho", rho, 0.0)
     ns_steps = _checks.integer_at_least("ns_steps", ns_steps, 0)
@@ -85,7 +86,9 @@ def spectral_ascent(
         v = _numerics.widened(g) * (1 if scale is None else scale)
         _, unit = _numerics.norm_and_unit(v)
         if is_matrix:
-            unit = _orthogonalised(unit.reshape(-1, unit.shape[-1]), ns_steps).reshape(g.shape)
+            whole = _resharded(unit, None)
+            whole = _orthogonalised(whole.reshape(-1, g.shape[-1]), ns_steps).reshape(g.shape)
+            unit = _resharded(whole, unit)
         return (radius * unit * (1 if scale is None else scale)).astype(g.dtype)
 
     def update(
@@ -162,6 +165,18 @@ def spectral_sam(
         rho, ns_steps, normalization=normalization, mask=mask, matrices=matrices
     )
     return sharpness_aware(ascent, descent)
+
+
+def _resharded(x: jax.Array, like: jax.Array | None) -> jax.Array:
+    """Spread over the explicit axes of a mesh as another array is, or over none.
+
+    The product of a matrix with its transpose has no type there if rows are spread.
+    """
+    sharding = jax.typeof(x if like is None else like).sharding
+    if not any(sharding.spec):
+        return x
+    spec = PartitionSpec() if like is None else sharding.spec
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
 def _orthogonalised(x: jax.Array, steps: int) -> jax.Array:

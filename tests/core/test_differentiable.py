@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from public import ARGUMENTS, UNMAPPED, as_method
+from public import ARGUMENTS, UNMAPPED, as_method, own_inputs
 
 import sam_optax
 
@@ -39,7 +39,7 @@ def test_the_loss_after_two_steps_has_the_derivatives_of_finite_differences(x64,
         tx = as_method(name, getattr(sam_optax, name)(**arguments))
         grad_fn = jax.grad(loss_fn)
         state = tx.init(w)
-        extra = {"grad_fn": grad_fn, "previous_grad_fn": grad_fn, "value_fn": loss_fn}
+        extra = own_inputs(grad_fn, loss_fn) | {"grad_fn": grad_fn}
         for _ in range(2):
             updates, state = tx.update(grad_fn(w), state, w, **extra)
             w = jax.tree.map(lambda w, u: w - values["learning rate"] * u, w, updates)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from public import UNMAPPED, build
+from public import UNMAPPED, build, own_inputs
 
 import sam_optax
 
@@ -27,7 +27,7 @@ def steps(tx, params, count=2, loss_fn=quadratic, **extra):
     """Updates and state after some steps with gradients as JAX gives them."""
     grad_fn = jax.grad(loss_fn, allow_int=True)
     state = tx.init(params)
-    given = {"grad_fn": grad_fn, "previous_grad_fn": grad_fn} | extra
+    given = own_inputs(grad_fn, loss_fn) | {"grad_fn": grad_fn} | extra
     for _ in range(count):
         updates, state = tx.update(grad_fn(params), state, params, **given)
     return updates, state
@@ -223,7 +223,9 @@ def test_the_arc_between_parallel_directions(alpha, turn):
     clean = jnp.array([3.0, 4.0])
     rule = sam_optax.arc(alpha)
     with jax.debug_nans(True):
-        out, _ = rule.update(2 * turn * clean, rule.init(clean), clean=clean)
+        out, _ = rule.update(
+            2 * turn * clean, rule.init(clean), clean=clean, perturbation=clean / 9
+        )
     expected = 2 * clean * ((1 - alpha) + alpha * turn)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
@@ -248,7 +250,7 @@ def one_step(tx, loss_fn):
     grad_fn = jax.grad(loss_fn)
 
     def step(params, state):
-        extra = {"grad_fn": grad_fn, "previous_grad_fn": grad_fn}
+        extra = own_inputs(grad_fn, loss_fn) | {"grad_fn": grad_fn}
         return tx.update(grad_fn(params), state, params, **extra)
 
     return step

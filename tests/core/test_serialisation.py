@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from public import METHODS, UNMAPPED, build
+from public import METHODS, UNMAPPED, build, own_inputs
 
 import sam_optax
 
@@ -27,7 +27,7 @@ def loss_fn(params):
 
 def step(tx, params, state):
     grad_fn = jax.grad(loss_fn, allow_int=True)
-    extra = {"grad_fn": grad_fn, "previous_grad_fn": grad_fn}
+    extra = own_inputs(grad_fn, loss_fn) | {"grad_fn": grad_fn}
     updates, state = tx.update(grad_fn(params), state, params, **extra)
     floats = {name: updates[name] for name in ("w", "b")}
     return params | optax.apply_updates({k: params[k] for k in floats}, floats), state

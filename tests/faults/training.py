@@ -7,6 +7,7 @@
 Started again it goes on from the last checkpoint that is whole.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from public import UNMAPPED, build
+from public import UNMAPPED, build, own_inputs
 
 import sam_optax
 from sam_optax.averaging import swa
@@ -59,8 +60,8 @@ def step(runs, x):
     for name, tx in SECOND_DOOR.items():
         params, state = runs[name]
         _, grads, grad_fn = sam_optax.value_and_grad_fn(loss_fn)(params, x)
-        extra = {"previous_grad_fn": grad_fn} if "sampa" in name else {}
-        updates, state = tx.update(grads, state, params, grad_fn=grad_fn, **extra)
+        extra = own_inputs(grad_fn, functools.partial(loss_fn, x=x)) | {"grad_fn": grad_fn}
+        updates, state = tx.update(grads, state, params, **extra)
         new[name] = optax.apply_updates(params, updates), state
     for name, method in FIRST_DOOR.items():
         params, state = runs[f"first door, {name}"]

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from public import ARGUMENTS, UNMAPPED, as_method
+from public import ARGUMENTS, UNMAPPED, as_method, own_inputs
 
 import sam_optax
 from sam_optax import FAMILY
@@ -135,6 +135,19 @@ class Problem:
 
         return jax.tree.map(leaf, self.gradient, w, self.params)
 
+    def value_fn(self, w):
+        """The loss of which grad_fn is the gradient, in float32."""
+
+        def leaf(g, w, start):
+            if not is_float(start):
+                return jnp.zeros(())
+            g, move = (jnp.asarray(x, jnp.result_type(x, "float32")) for x in (g, w - start))
+            linear, square = jnp.real(jnp.conj(g) * move), jnp.abs(move) ** 2
+            return jnp.sum(linear + self.curvature * square / 2).astype("float32")
+
+        terms = jax.tree.map(leaf, self.gradient, w, self.params)
+        return sum(jax.tree.leaves(terms), jnp.zeros(()))
+
     def arrays(self):
         """What of it a jitted function may take: gradients of integers, float0, stay outside."""
         return self.params, [g for g in jax.tree.leaves(self.gradient) if is_float(g)]
@@ -151,7 +164,8 @@ class Problem:
     def update(self, tx, state, params=None, **extra):
         """One update of a transformation, with all that any of them needs."""
         params = self.params if params is None else params
-        given = {"grad_fn": self.grad_fn, "previous_grad_fn": self.grad_fn, "value": 1.0} | extra
+        given = own_inputs(self.grad_fn, self.value_fn) | {"grad_fn": self.grad_fn, "value": 1.0}
+        given |= extra
         return tx.update(self.grad_fn(params), state, params, **given)
 
     def perturbable(self):
@@ -308,10 +322,9 @@ def compositions(draw, params=None):
     ascent, descents = rule("ascent"), [rule("descent") for _ in range(draw(st.integers(0, 2)))]
     if ascent.name == "gaussian_ascent" and draw(st.booleans()):
         filters = []
-    used = {m.name for m in filters + descents}
-    if "along_momentum" in used:
-        descents = [m for m in descents if m.name != "keep_momentum"]
-        descents.append(Method("keep_momentum", {}))
+    keepers = {need for m in filters for need in FAMILY[m.name].needs if need in FAMILY}
+    descents = [m for m in descents if m.name not in keepers]
+    descents += [Method(name, {}) for name in sorted(keepers)]
     cadence = rule("cadence") if draw(st.booleans()) else None
     make = lambda m: getattr(sam_optax, m.name)(**m.arguments)
 

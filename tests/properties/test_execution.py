@@ -20,6 +20,7 @@ from drawn import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from public import WHOLE, build
 
 import sam_optax
 from sam_optax import FAMILY
@@ -107,9 +108,9 @@ def test_a_scan_is_a_loop(data):
 
 STATELESS = sorted(
     name
-    for name, member in FAMILY.items()
-    if member.kind == "method"
-    and not jax.tree.leaves(getattr(sam_optax, name)().init({"w": np.ones(2, np.float32)}))
+    for name in WHOLE
+    if FAMILY[name].kind == "method"
+    and not jax.tree.leaves(build(name).init({"w": np.ones(2, np.float32)}))
 )
 
 

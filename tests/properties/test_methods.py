@@ -16,6 +16,7 @@ from drawn import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from public import own_inputs
 
 import sam_optax
 
@@ -103,7 +104,7 @@ def test_a_nonfinite_gradient_shows_and_is_not_remembered(data):
     gradient = jax.tree.map(poisoned, problem.gradient)
     sick = Problem(problem.params, gradient, problem.curvature).grad_fn
     clean, other = (sick if which in (name, "both") else good for name in ("clean", "perturbed"))
-    extra = {"grad_fn": other, "previous_grad_fn": other, "value": 1.0}
+    extra = own_inputs(other, problem.value_fn) | {"grad_fn": other, "value": 1.0}
     updates, after = tx.update(clean(problem.params), state, problem.params, **extra)
     perturbs = method.arguments.get("mask") is None
     sees = which == "both" or (which == "clean" and perturbs and method.uses_clean)

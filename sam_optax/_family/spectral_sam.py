@@ -72,7 +72,8 @@ def spectral_ascent(
 
     Note:
       No gradient evaluation; three products of matrices a step, at the side that
-      is shorter. A matrix spread over explicit axes of a mesh is gathered. Muon's iteration alone would leave lengths of 0.7 to 1.2 rho.
+      is shorter. Muon's iteration alone would leave lengths of 0.7 to 1.2 rho. A
+      matrix that is spread over explicit axes of a mesh is gathered.
     """
     _checks.at_least("rho", rho, 0.0)
     ns_steps = _checks.integer_at_least("ns_steps", ns_steps, 0)

@@ -47,7 +47,7 @@ def circumstances(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     versions = {"python": platform.python_version(), "sam_optax": sam_optax.__version__}
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         # Of the last 1, 5 and 15 minutes, where the system tells.
         "load": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,

@@ -11,7 +11,6 @@ the classes by each method, then fine-tuned on the others by the base optimizer,
 until the others are learned equally well, and the rise of the error on the first half.
 """
 
-from _statistics import holm, paired
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from _figures import panels
 from _harness import SIGNIFICANT, Result, Study
+from _inference import holm, paired
 from _report import BLUE, COLORS, GREEN, ORANGE, spread, welch
 from _tasks.suite import TASKS
 from _tasks.task import Split

@@ -19,7 +19,6 @@ import functools
 import json
 import os
 import sys
-from _statistics import Curve, expected_best, expected_gain, from_trial, holm, paired
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ import numpy as np
 import scipy.stats
 from _figures import panels
 from _harness import SIGNIFICANT, Result, Study
+from _inference import Curve, expected_best, expected_gain, from_trial, holm, paired
 from _report import COLORS, MARKERS, spread, welch
 from _tasks.suite import TASKS, Source, load
 from _tasks.task import Task

@@ -554,7 +554,7 @@ def test_errors(one_problem):
         door.value_and_grad(loss_fn, method, microbatch=4)
     with pytest.raises(TypeError, match=r"options must be among .*got \['aux_from'\]"):
         door.value_and_grad_fn(loss_fn, aux_from="clean")
-    with pytest.raises(ValueError, match="aux_from must be one of 'clean', 'perturbed'"):
+    with pytest.raises(ValueError, match="aux_from must be one of 'clean', 'ascent', 'perturbed'"):
         door.value_and_grad(loss_fn, method, aux_from="both")
     with pytest.raises(ValueError, match="microbatch_size must be at least 1, got 0"):
         door.grad(loss_fn, method, microbatch_size=0)

@@ -39,7 +39,7 @@ def module(name):
 def test_the_best_of_k_is_the_mean_over_all_draws(validation):
     """Of all n^k ways to draw k trials, ties shared by those drawn values that are tied."""
     validation, test = np.array(validation), np.array([10.0, 40.0, 20.0, 70.0])
-    found = module("_statistics").best_of(validation, test)
+    found = module("_inference").best_of(validation, test)
     for k in (1, 2, 3, 4):
         best = []
         for draw in itertools.product(range(4), repeat=k):
@@ -49,7 +49,7 @@ def test_the_best_of_k_is_the_mean_over_all_draws(validation):
 
 
 def test_intervals_cover_the_curve_and_vanish_without_spread():
-    statistics, rng = module("_statistics"), np.random.default_rng(0)
+    statistics, rng = module("_inference"), np.random.default_rng(0)
     validation = rng.normal(size=12)
     curve = statistics.expected_best(validation, validation + 20)
     assert np.all(curve.low <= curve.mean) and np.all(curve.mean <= curve.high)
@@ -59,7 +59,7 @@ def test_intervals_cover_the_curve_and_vanish_without_spread():
 
 
 def test_gains_are_of_paired_trials():
-    statistics, rng = module("_statistics"), np.random.default_rng(1)
+    statistics, rng = module("_inference"), np.random.default_rng(1)
     trials = rng.normal(20, 3, size=10)
     lower = statistics.expected_gain((trials, trials), (trials - 1, trials - 1))
     np.testing.assert_allclose([lower.low, lower.mean, lower.high], 1.0)  # the same resamples
@@ -69,7 +69,7 @@ def test_gains_are_of_paired_trials():
 
 
 def test_holm_and_the_paired_test():
-    statistics = module("_statistics")
+    statistics = module("_inference")
     np.testing.assert_allclose(statistics.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
     found = statistics.holm([0.01, float("nan"), 0.6])
     np.testing.assert_allclose([found[0], found[2]], [0.03, 1.0])
@@ -386,7 +386,7 @@ def test_runs_are_in_the_order_of_their_points(small):
 
 def test_verdicts():
     pay = module("does_it_pay")
-    curve = module("_statistics").Curve(*np.array([[1.0] * 3, [-1.0, 0.5, 0.5], [2.0] * 3]))
+    curve = module("_inference").Curve(*np.array([[1.0] * 3, [-1.0, 0.5, 0.5], [2.0] * 3]))
     runs = lambda *errors: [{"error": e, "split": i % 3} for i, e in enumerate(errors)]
     base = pay.Row(types.SimpleNamespace(name="base"), None, runs(20, 21, 20, 21, 20, 21))
     row = base._replace(method=types.SimpleNamespace(name="SAM"), gain=curve)

@@ -68,7 +68,7 @@ def test_by_hand_jitted_and_under_vmap_are_the_same_and_nothing_compiles_twice(d
     jitted = jax.jit(step)
     compiled, middle = jitted(arrays, state)
     compiled, end = jitted(arrays, middle)
-    assert jitted._cache_size() == 1
+    assert jitted._cache_size() <= 1
     assert layout(end) == layout(state)
     assert_close(compiled, by_hand)
     assert_close(end, after)

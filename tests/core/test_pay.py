@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.extend.core import jaxprs_in_params
 
 import sam_optax
 import sam_optax.nnx
@@ -122,8 +121,8 @@ def count(jaxpr, name, within=None):
         kind = equation.primitive.name
         total += kind == name and within is None
         inside = None if kind == within else within
-        for inner in jaxprs_in_params(equation.params):
-            total += count(inner, name, inside)
+        for inner in jax.tree.leaves(equation.params):
+            total += count(inner, name, inside) if hasattr(inner, "eqns") else 0
     return total
 
 

@@ -260,9 +260,7 @@ METHODS = {
     ),
     **{f"late_tail, last {tail:g}": late_decay(tail) for tail in TAILS},
     "plain, decay in the last 0.3": Method(1, 0, lambda rho, job: job._replace(tail=0.3).base()),
-    "tilted_sam": Method(
-        4, 1, link(lambda rho: sam_optax.tilted_sam(rho, samples=2, radius=rho))
-    ),
+    "tilted_sam": Method(4, 1, link(lambda rho: sam_optax.tilted_sam(rho, samples=2, radius=rho))),
     "functional_sam": Method(2, 1, functional_sam),
     "lookbehind": Method(3, 0.75, with_base(sam_optax.lookbehind, moves=2)),
 }

@@ -505,7 +505,8 @@ def test_the_cliff_is_above_the_best():
 
 
 def test_every_task_runs_with_small_settings(tmp_path, capsys):
-    names = [*module("_tasks.suite").TASKS][1:]  # the first is that of the other tests
+    names = ["text", "resnet"]  # no state, and BatchNorm's; time forbids the other two here
+    assert {*names} < {*module("_tasks.suite").TASKS}
     arguments = ["--quick", "--out", str(tmp_path), "--methods", "SAM", "--task", *names]
     module("does_it_pay").main(arguments)
     out, err = capsys.readouterr()

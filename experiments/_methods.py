@@ -10,6 +10,7 @@ authors' values or near them.
 """
 
 import itertools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -55,11 +56,12 @@ class Job(NamedTuple):
         matrices = lambda params: jax.tree.map(lambda w: w.ndim > 1, params)
         rate = self.schedule(moves)
         if self.task.optimizer == "adamw":
-            return optax.adamw(rate, weight_decay=self.weight_decay, mask=matrices)
-        return optax.chain(
-            optax.add_decayed_weights(self.weight_decay, matrices),
-            optax.sgd(rate, MOMENTUM, nesterov=True),
-        )
+            optimizer = optax.adamw(rate, weight_decay=self.weight_decay, mask=matrices)
+        else:
+            l2 = optax.add_decayed_weights(self.weight_decay, matrices)
+            optimizer = optax.chain(l2, optax.sgd(rate, MOMENTUM, nesterov=True))
+        frozen = self.task.frozen
+        return optimizer if frozen is None else optax.chain(optimizer, optax.freeze(frozen))
 
 
 Build = Callable[[Any, Job], optax.GradientTransformation]
@@ -192,6 +194,27 @@ def functional_sam(rho: Any, job: Job) -> optax.GradientTransformation:
     return job.chain(optax.GradientTransformationExtraArgs(method.init, update))
 
 
+def imb_sam(rho: Any, job: Job) -> optax.GradientTransformation:
+    method, rare = sam_optax.imb_sam(rho), jnp.array(job.task.rare)
+
+    def update(updates, state, params=None, *, batch, **extra_args):
+        tail = lambda params: jnp.mean(job.task.losses(params, batch) * jnp.isin(batch[1], rare))
+        extra_args["tail_grad_fn"] = jax.grad(tail)
+        return method.update(updates, state, params, **extra_args)
+
+    return job.chain(optax.GradientTransformationExtraArgs(method.init, update))
+
+
+def flat_lora(rho: Any, job: Job) -> optax.GradientTransformation:
+    steps, task = jnp.asarray(job.steps, jnp.int32), job.task
+    return job.chain(sam_optax.flat_lora(task.frozen, steps, rho, merged=task.model.merged))
+
+
+def of_adapters(rho: Any, job: Job) -> optax.GradientTransformation:
+    learnt = jax.tree.map(operator.not_, job.task.frozen)
+    return job.chain(sam_optax.sam(rho, mask=learnt))
+
+
 def preconditioned(rho: Any) -> optax.GradientTransformation:
     """With e of length rho."""
     ascent = optax.chain(sam_optax.precondition(), sam_optax.dual_ascent(rho))
@@ -263,6 +286,10 @@ METHODS = {
     "tilted_sam": Method(4, 1, link(lambda rho: sam_optax.tilted_sam(rho, samples=2, radius=rho))),
     "functional_sam": Method(2, 1, functional_sam),
     "lookbehind": Method(3, 0.75, with_base(sam_optax.lookbehind, moves=2)),
+    "shared_preconditioned_sam": Method(2, 0.0025, with_base(sam_optax.shared_preconditioned_sam)),
+    "imb_sam": Method(3, 1.5, imb_sam),
+    "flat_lora": Method(1, 2, flat_lora),
+    "sam, adapters alone": Method(2, 1, of_adapters),
 }
 # What is not a method by itself, or cannot be one here, and why.
 LEFT_OUT = {
@@ -270,17 +297,14 @@ LEFT_OUT = {
     "draws": "takes a random method: random_perturbation is such",
     "sharing": "takes an ascent: shared_momentum_sam is such",
     "tilted": "takes a rule: tilted_sam is such",
-    "imb_sam": "no class is rare here",
-    "flat_lora": "no adapters here",
-    "shared_preconditioned_sam": "needs Adam's second moment; preconditioned_sam keeps its own",
 }
 SGD_ALONE = ("bsam", "polyak_sam")  # they are optimizers, tuned like SGD
-# The default on tasks whose training takes half a minute: what costs less than SAM, and SAM.
-RESTRICTED = (
-    *("plain", "sam", "asam", "momentum_sam", "shared_momentum_sam", "look_sam, k = 5"),
-    *("randomised, p = 0.1", "sam, ascent 1/5", "late_tail, last 0.1", "late_tail, last 0.3"),
-    "plain, decay in the last 0.3",
-)
+NEED = {  # what a task must have for a method
+    "shared_preconditioned_sam": lambda task: task.optimizer == "adamw",
+    "imb_sam": lambda task: task.rare,
+    "flat_lora": lambda task: task.frozen,
+    "sam, adapters alone": lambda task: task.frozen,
+}
 
 
 class Setting(NamedTuple):
@@ -306,4 +330,5 @@ def optimizer(name: str, task: Task, setting: Setting, steps: Any) -> Any:
 
 def names(task: Task) -> list[str]:
     """The methods that suit a task."""
-    return [n for n in METHODS if task.optimizer == "sgd" or n not in SGD_ALONE]
+    suits = lambda name: not task.frozen if name in SGD_ALONE else NEED.get(name, bool)(task)
+    return [n for n in METHODS if suits(n) and (task.optimizer == "sgd" or n not in SGD_ALONE)]

@@ -19,12 +19,13 @@ import numpy as np
 from _figures import panels
 from _harness import SIGNIFICANT, Result, Study
 from _inference import holm, paired
+from _paying import base_name
 from _report import BLUE, COLORS, GREEN, ORANGE, spread, welch
 from _tasks.suite import TASKS
 from _tasks.task import Split
 from _training import BASE, METHODS, Method, Trained, error, fit, length, outputs
 from _trials import SEEDS, SPLITS, WORKERS, Trials, by_split
-from does_it_pay import QUICK, WRONG, base_name, instances, parser_of
+from does_it_pay import QUICK, WRONG, instances, parser_of
 
 COMPARED = METHODS[:3]  # base, SAM, ASAM
 EQUAL = ", the base's rate"  # after the name of a method

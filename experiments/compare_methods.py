@@ -2,6 +2,7 @@
 
     python experiments/compare_methods.py                   # MNIST 14x14 with wrong labels
     python experiments/compare_methods.py --task glosses    # a transformer, clean labels
+    python experiments/compare_methods.py --task rare       # and adam, adapters: for a few methods
     python experiments/compare_methods.py --phase times     # on a quiet machine; others may share
     python experiments/compare_methods.py --methods asam "look_sam, k = 5"
     python experiments/compare_methods.py --quick           # few methods, few epochs, for CI
@@ -50,7 +51,7 @@ class Comparison:
         cache.mkdir(exist_ok=True)
         self.task = _tasks.load(args.task, cache, study.quick)
         known = _methods.names(self.task)
-        usual = known if self.task.optimizer == "sgd" else _methods.RESTRICTED
+        usual = self.task.methods or known
         wanted = QUICK if study.quick else args.methods or usual
         wanted = known if wanted == ["all"] else wanted
         if unknown := set(wanted) - set(known):
@@ -157,7 +158,7 @@ def main(argv: Any = None) -> None:
     )
     parser.add_argument("--task", choices=_tasks.TASKS, default="mnist")
     parser.add_argument(
-        "--methods", nargs="+", help="some, by name, or all: on texts it is some by default"
+        "--methods", nargs="+", help="some, by name, or all; a task may have some by default"
     )
     parser.add_argument("--phase", choices=PHASES, nargs="+", default=PHASES)
     args, _ = parser.parse_known_args(argv)

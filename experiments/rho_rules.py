@@ -20,11 +20,12 @@ import numpy as np
 import optax
 from _figures import panels
 from _harness import SIGNIFICANT, Study
+from _paying import Row, base_name, compare
 from _report import COLORS, MARKERS, spread
 from _tasks.task import Examples, Task
 from _training import BASE, SAM, Carry, Hyper, Method, fit, shape
 from _trials import SEEDS
-from does_it_pay import Row, base_name, compare, instances, parser_of
+from does_it_pay import instances, parser_of
 
 import sam_optax
 

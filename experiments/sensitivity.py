@@ -12,10 +12,11 @@ import itertools
 import numpy as np
 from _figures import panels
 from _harness import Study
+from _paying import base_name
 from _tasks.task import LogUniform
 from _training import BASE, METHODS, Method
 from _trials import SEARCH, Trials
-from does_it_pay import base_name, instances, parser_of
+from does_it_pay import instances, parser_of
 
 RATES, DECAYS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), (0.001, 0.003, 0.01, 0.03, 0.1)
 RHO = LogUniform(0.025, 0.8)  # of SAM; ASAM's is ten times that

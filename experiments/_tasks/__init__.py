@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from _tasks import images, text
+from _tasks import images, special, text
 from _tasks.problem import Problem
 
 Examples = tuple[jax.Array, jax.Array]  # inputs (n, ...), labels (n,)
@@ -27,6 +27,9 @@ TASKS: dict[str, Callable[[Path, bool], Problem]] = {
     "digits": functools.partial(images.noisy_digits, "digits"),
     "cities": text.cities,
     "glosses": text.glosses,
+    "adam": special.adam,
+    "rare": special.rare,
+    "adapters": special.adapters,
 }
 
 

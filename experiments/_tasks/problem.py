@@ -1,8 +1,7 @@
 """What a task is made of."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 
 Examples = tuple[jax.Array, jax.Array]
@@ -13,7 +12,7 @@ class Problem(NamedTuple):
 
     Attributes:
       title: what it is, for figures.
-      model: of inputs to logits, with parameters alone.
+      model: of inputs to logits, with init and apply as of a Flax module; parameters alone.
       train: examples; labels may be wrong in these alone.
       validation: examples by which settings are chosen.
       test: examples for the figures.
@@ -25,10 +24,13 @@ class Problem(NamedTuple):
       plain_lrs: peak learning rates for the optimizer alone.
       plain_decays: weight decays for it.
       rho: the largest radius for SAM.
+      methods: compared by default beside the plain optimizer and SAM; None for those that suit.
+      rare: classes with few training examples.
+      frozen: which parameters stay as they are: a tree of booleans, a prefix of theirs, or None.
     """
 
     title: str
-    model: nn.Module
+    model: Any
     train: Examples
     validation: Examples
     test: Examples
@@ -40,3 +42,6 @@ class Problem(NamedTuple):
     plain_lrs: tuple[float, ...]
     plain_decays: tuple[float, ...]
     rho: float
+    methods: tuple[str, ...] | None = None
+    rare: tuple[int, ...] = ()
+    frozen: Any = None

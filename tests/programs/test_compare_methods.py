@@ -45,18 +45,54 @@ def test_every_method_takes_part_or_is_left_out_for_a_reason():
     assert public <= known | set(methods.LEFT_OUT)
 
 
-def test_every_method_takes_a_step_that_keeps_its_state(digits):
+def test_every_method_takes_a_step_that_keeps_its_state(cache):
     methods, training = module("_methods"), module("_compare_training")
-    rows = jax.ShapeDtypeStruct((digits.batch,), jnp.int32)
+    loaded = [
+        module("_tasks").load(name, cache, quick=True)
+        for name in ("digits", "adam", "rare", "adapters")
+    ]
     for name, method in methods.METHODS.items():
-        settings = methods.grid(name, digits)
+        task = next(task for task in loaded if name in methods.names(task))
+        settings = methods.grid(name, task)
         assert len(set(settings)) == 9, name
-        carry = jax.eval_shape(lambda: training.first(digits, name, settings[0], 100, 0))  # noqa: B023
+        rows = jax.ShapeDtypeStruct((task.batch,), jnp.int32)
+        carry = jax.eval_shape(lambda: training.first(task, name, settings[0], 100, 0))  # noqa: B023
         for pay in (None,) if method.paid is None else (True, False):
-            step = training.make_step(digits, name, settings[0], 100)
+            step = training.make_step(task, name, settings[0], 100)
             new = jax.eval_shape(lambda *args: step(*args, pay), carry, rows)  # noqa: B023
             like = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
             assert like(new) == like(carry), name
+    for task in loaded[1:]:
+        assert set(task.methods) <= set(methods.names(task))
+
+
+def test_rare_classes_are_rare_and_balanced_in_the_test_set(cache):
+    task = module("_tasks").load("rare", cache, quick=True)
+    counts = np.bincount(np.asarray(task.train[1]))
+    assert np.all(counts[list(task.rare)] == 10) and np.all(np.delete(counts, task.rare) > 50)
+    counts = np.bincount(np.asarray(task.test[1]))
+    assert counts.max() < 1.1 * counts.min()
+
+
+def test_adapters_learn_and_what_is_frozen_stays(cache):
+    methods, training = module("_methods"), module("_compare_training")
+    task = module("_tasks").load("adapters", cache, quick=True)
+    assert {*np.unique(task.train[1])} == {*np.unique(task.test[1])} == {5, 6, 7, 8, 9}
+    params, x = task.init(jax.random.key(0)), task.train[0][:3]
+    network = task.model.network
+    whole = network.apply(task.model.weights, x)
+    np.testing.assert_array_equal(task.model.apply(params, x), whole)  # b = 0
+    params = jax.tree.map(lambda w: w + 0.1, params)
+    kernel = lambda name: np.asarray(params[name]["params"]["Dense_0"]["kernel"])
+    merged = task.model.merged(params)["frozen"]["params"]["Dense_0"]["kernel"]
+    np.testing.assert_allclose(merged, kernel("frozen") + kernel("a") @ kernel("b"), rtol=1e-5)
+    for name in ("plain", "flat_lora", "sam, adapters alone"):
+        setting = methods.grid(name, task)[-1]
+        carry = training.first(task, name, setting, 100, 0)
+        step = jax.jit(training.make_step(task, name, setting, 100))
+        new = step(step(carry, jnp.arange(task.batch)), jnp.arange(task.batch))[0]
+        jax.tree.map(np.testing.assert_array_equal, new["frozen"], task.model.weights)
+        assert jax.tree.leaves(new["b"])[0].any(), name
 
 
 @pytest.mark.parametrize("name", ["polyak_sam", "look_sam, k = 5"])

@@ -385,7 +385,7 @@ def test_runs_are_in_the_order_of_their_points(small):
 
 
 def test_verdicts():
-    pay = module("does_it_pay")
+    pay = module("_paying")
     curve = module("_inference").Curve(*np.array([[1.0] * 3, [-1.0, 0.5, 0.5], [2.0] * 3]))
     runs = lambda *errors: [{"error": e, "split": i % 3} for i, e in enumerate(errors)]
     base = pay.Row(types.SimpleNamespace(name="base"), None, runs(20, 21, 20, 21, 20, 21))
@@ -398,6 +398,9 @@ def test_verdicts():
     assert "from how many" in words(better._replace(gain=curve._replace(low=-curve.mean)))
     worse = row._replace(runs=runs(30, 31, 30), p_welch=0.01, p_paired=0.02)
     assert words(worse) == "SAM is worse than SGD (30.3 % instead of 20.5 %)"
+    assert base.told(1) == "20.5 ± 0.5"
+    broken = base._replace(runs=runs(20, 21, 90, 20, 21))
+    assert broken.told(0) == "34 ± 31 (median 21: 1 of 5 broke down)"
 
 
 # After training
@@ -434,6 +437,9 @@ def test_calibration_error():
     logits = np.log(np.array([[0.8, 0.2]] * 5 + [[0.6, 0.4]] * 5))
     found = after.calibration_error(logits, np.array([0] * 5 + [0, 0, 1, 1, 1]))
     assert found == pytest.approx(20, rel=1e-4)
+    for value in (np.nan, np.inf, -np.inf):  # of a diverged network: sure, and mostly wrong
+        logits = np.full((10, 2), value)
+        assert after.calibration_error(logits, np.array([0] * 4 + [1] * 6)) == pytest.approx(60)
 
 
 def test_noise_of_the_input():

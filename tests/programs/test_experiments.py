@@ -14,7 +14,10 @@ pytestmark = pytest.mark.examples  # they test scripts, not the library
 
 matplotlib.use("Agg")
 FOLDER = ROOT / "experiments"
-SCRIPTS = sorted({path.stem for path in FOLDER.glob("[!_]*.py")} - {"compare_methods"})
+SHARING = ("does_it_pay", "after_training", "rho_rules", "sensitivity")  # one log, in this order
+COLLECTED = "scale_invariance"  # run by run_all
+SCRIPTS = {path.stem for path in FOLDER.glob("[!_]*.py")}
+SCRIPTS -= {"compare_methods", "run_all", COLLECTED, *SHARING}
 
 
 @pytest.fixture(autouse=True)
@@ -180,16 +183,28 @@ def test_lanes_do_not_see_each_other(study):
         assert not np.array_equal(a[0], b[0])
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_experiments_run_with_small_settings(name, tmp_path, capsys):
-    importlib.import_module(name).main(["--quick", "--out", str(tmp_path)])
+def check_quick_run(name, folder, capsys):
+    importlib.import_module(name).main(["--quick", "--out", str(folder)])
     out, err = capsys.readouterr()
     assert "Warning" not in err
     assert len(out.splitlines()) > 3
-    assert all(figure.stat().st_size > 10_000 for figure in tmp_path.glob("*.png"))
-    records = [json.loads(path.read_text()) for path in tmp_path.glob("*_quick.json")]
-    claims = [claim for record in records if "runs" in record for claim in record["claims"]]
-    assert claims and all(claim["verdict"] and claim["measured"] for claim in claims)
+    assert all(figure.stat().st_size > 10_000 for figure in folder.glob("*.png"))
+    record = json.loads((folder / f"{name}_quick.json").read_text())
+    assert record["claims"] and all(c["verdict"] and c["measured"] for c in record["claims"])
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_experiments_run_with_small_settings(name, tmp_path, capsys):
+    check_quick_run(name, tmp_path, capsys)
+
+
+def test_experiments_that_share_a_log_train_nothing_twice(tmp_path, capsys):
+    log = tmp_path / "does_it_pay_quick.jsonl"
+    for name in SHARING:
+        before = log.read_text() if log.exists() else ""
+        check_quick_run(name, tmp_path, capsys)
+        runs = [json.dumps(json.loads(line)["key"]) for line in log.read_text().splitlines()[1:]]
+        assert len(set(runs)) == len(runs) and log.read_text().startswith(before)
 
 
 def test_compare_methods_runs_with_small_settings(tmp_path):
@@ -198,7 +213,8 @@ def test_compare_methods_runs_with_small_settings(tmp_path):
 
 def test_claims_are_collected_in_one_table(tmp_path, capsys):
     run_all = importlib.import_module("run_all")
-    records = run_all.main(["--quick", "--out", str(tmp_path), "scale_invariance"])
+    assert run_all.QUICK == (COLLECTED,)
+    records = run_all.main(["--quick", "--out", str(tmp_path)])
     table = (tmp_path / "claims_quick.md").read_text()
     assert all(claim["measured"] in table for record in records for claim in record["claims"])
     assert len({line.count(" | ") for line in table.splitlines()}) == 1

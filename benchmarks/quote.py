@@ -45,7 +45,8 @@ def pages(root: Path = ROOT) -> Iterator[Path]:
 def markdown(cells: list[list[str]]) -> str:
     """A table; columns of numbers to the right."""
     header, *rows = [[cell.replace("|", "\\|") for cell in row] for row in cells]
-    rule = ["---", *["---:"] * (len(header) - 1)]
+    number = lambda cell: cell in ("", "-") or cell.lstrip("-")[:1].isdigit()
+    rule = ["---:" if all(map(number, column)) else "---" for column in zip(*rows, strict=True)]
     return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rows))
 
 

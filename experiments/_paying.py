@@ -155,44 +155,42 @@ def curves_of(results: dict[str, tuple[Trials, dict[str, Row]]]) -> dict[str, An
     }
 
 
-def table(results: dict[str, tuple[Trials, dict[str, Row]]], budget: int) -> str:
-    """Markdown, one row a task: what a user asks, and the answer.
+def cells(results: dict[str, tuple[Trials, dict[str, Row]]], budget: int) -> list[list[str]]:
+    """One row a task below a header: what a user asks, and the answer.
 
     The p-values of SAM are corrected once for all tasks of the table: the primary comparison.
     """
     compared = {name: next(r for r in rows.values() if r.method is not BASE)
                 for name, (_, rows) in results.items()}  # fmt: skip
     p_welch, p_paired = (holm([row.raw_p[kind] for row in compared.values()]) for kind in (0, 1))
-    name_of_first = next(iter(compared.values())).method.name
-    lines = []
-    for (name, (trials, rows)), welch_p, paired_p in zip(
-        results.items(), p_welch, p_paired, strict=True
-    ):
+    first = next(iter(compared.values())).method.name
+    lines = [
+        [
+            *("network, data", "labels", "base, test error %", f"{first}, test error %"),
+            *("p (Welch, paired)", f"does {first} pay, with up to {budget} trials?"),
+            *("others", "command"),
+        ]
+    ]
+    for (name, (trials, rows)), *p in zip(results.items(), p_welch, p_paired, strict=True):
         base, row = rows[BASE.name], compared[name]
-        of_table = row._replace(p_welch=welch_p, p_paired=paired_p)
+        of_table = row._replace(p_welch=p[0], p_paired=p[1])
         others = [r for r in rows.values() if r.method is not BASE and r is not row]
         known = trials.task.name.split(",")[0]
         argument = known if known in TASKS else trials.task.name
+        optimizer = base_name(trials.task)
         lines.append(
-            (
-                trials.task.name,
-                trials.labels,
-                f"{base_name(trials.task)} {base.told(1)}",
-                f"{row.method.name} {row.told(1)}",
-                f"{welch_p:.1g}, {paired_p:.1g}",
-                verdict(of_table, base, base_name(trials.task)),
-                "; ".join(verdict(r, base, base_name(trials.task)) for r in others),
+            [
+                *(trials.task.name, trials.labels),
+                *(f"{optimizer} {base.told(1)}", f"{row.method.name} {row.told(1)}"),
+                "{:.1g}, {:.1g}".format(*p),
+                verdict(of_table, base, optimizer),
+                "; ".join(verdict(r, base, optimizer) for r in others),
                 f"`python experiments/does_it_pay.py --task {argument} --wrong {trials.share:g}`",
-            )
+            ]
         )
-    header = [
-        *("network, data", "labels", "base, test error %", f"{name_of_first}, test error %"),
-        *(
-            "p (Welch, paired)",
-            f"does {name_of_first} pay, with up to {budget} trials?",
-            "others",
-            "command",
-        ),
-    ]
-    cells = [header, ["---"] * len(header), *lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+    return lines
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    header, *rest = lines
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *rest))

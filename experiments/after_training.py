@@ -19,7 +19,7 @@ import numpy as np
 from _figures import panels
 from _harness import SIGNIFICANT, Result, Study
 from _inference import holm, paired
-from _paying import base_name
+from _paying import BROKEN, base_name
 from _report import BLUE, COLORS, GREEN, ORANGE, spread, welch
 from _tasks.suite import TASKS
 from _tasks.task import Split
@@ -115,15 +115,20 @@ def forgetting(study: Study, trials: Trials) -> dict[str, list[Result]]:
 def forgotten(runs: dict[str, list[Result]]) -> tuple[dict[str, list[float]], float]:
     """The rise of the first half's error when all know the other half equally well, and how well.
 
-    That is the least error that every run reaches.
+    That is the least error that every run reaches; runs that broke down are left out.
     """
-    level = max(min(run["new"]) for of in runs.values() for run in of)
+    least = lambda run: min(run["new"])
+    middle = np.median([least(run) for of in runs.values() for run in of])
+    whole = {
+        name: [run for run in of if least(run) <= BROKEN * middle] for name, of in runs.items()
+    }
+    level = max(least(run) for of in whole.values() for run in of)
 
     def rise(run: Result) -> float:
         reached = int(np.argmax(np.array(run["new"]) <= level))
         return run["old"][1 + reached] - run["old"][0]
 
-    return {name: [rise(run) for run in of] for name, of in runs.items()}, level
+    return {name: [rise(run) for run in of] for name, of in whole.items()}, level
 
 
 # What comes of it ---------------------------------------------------------------

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from _harness import Study
-from _paying import compare, curves_of, report, table
+from _paying import cells, compare, curves_of, markdown, report
 from _paying_figures import draw, overview
 from _tasks.suite import TASKS, Source, load
 from _tasks.task import Task
@@ -109,8 +109,11 @@ def main(argv=None):
         draw(study, trials, rows)
     quick = "_quick" * study.quick
     (study.out / f"does_it_pay_curves{quick}.json").write_text(json.dumps(curves_of(results)))
-    text = table(results, ahead[0].trials)
-    name = f"does_it_pay{quick}.md"
+    lines = cells(results, ahead[0].trials)
+    pages = {"Does it pay?": [line[:4] + line[5:6] for line in lines], "Does it pay, all": lines}
+    record = {**study.circumstances, "pages": pages}
+    (study.out / f"does_it_pay_pages{quick}.json").write_text(json.dumps(record, indent=1))
+    text, name = markdown(lines), f"does_it_pay{quick}.md"
     (study.out / name).write_text(text)
     print(f"\n{text}\nTable: {study.out / name}")
     return study.finish(overview(results))

@@ -460,6 +460,8 @@ def test_forgetting_is_read_where_all_know_the_rest_equally_well():
     }
     rises, level = after.forgotten(runs)
     assert level == 20 and rises == {"base": [25.0], "SAM": [6.0]}
+    runs["SAM"].append({"new": [90.0, 89.0], "old": [90.0, 90.0, 90.0]})  # broke down
+    assert after.forgotten(runs) == (rises, 20)
 
 
 def test_halves_of_the_classes():

@@ -46,12 +46,16 @@ class Row(NamedTuple):
     def mean(self) -> float:
         return float(self.errors.mean())
 
+    @property
+    def broken(self) -> np.ndarray:
+        """Which runs broke down."""
+        return self.errors > BROKEN * np.median(self.errors)
+
     def told(self, digits: int = 2) -> str:
         """Mean and spread of the errors; the median too where a run broke down."""
-        middle = float(np.median(self.errors))
-        broken = int(np.sum(self.errors > BROKEN * middle))
-        of = f" (median {middle:.{digits}f}: {broken} of {len(self.runs)} broke down)"
-        return spread(self.errors, digits) + of * (broken > 0)
+        middle, count = np.median(self.errors), int(self.broken.sum())
+        of = f" (median {middle:.{digits}f}: {count} of {len(self.runs)} broke down)"
+        return spread(self.errors, digits) + of * (count > 0)
 
 
 def base_name(task: Task) -> str:

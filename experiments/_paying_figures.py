@@ -29,8 +29,8 @@ def draw(study: Study, trials: Trials, rows: dict[str, Row]) -> Path:
     names = [base_name(trials.task) if row.method is BASE else n for n, row in rows.items()]
     title = f"{trials.name}: {base_name(trials.task)} and sharpness-aware training, equal compute"
     figure, (curves, dots, after) = panels(3, title, 4.6, 4.0)
-    largest = max(run["error"] for row in rows.values() for run in row.runs)
-    least = min(run["error"] for row in rows.values() for run in row.runs)
+    largest = max(row.errors[~row.broken].max() for row in rows.values())
+    least = min(row.errors.min() for row in rows.values())
     height = 0.08 * (largest - least) + 0.05
     for i, (name, row) in enumerate(zip(names, rows.values(), strict=True)):
         color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
@@ -39,10 +39,14 @@ def draw(study: Study, trials: Trials, rows: dict[str, Row]) -> Path:
         curves.plot(k, curve.mean, color=color, marker=marker, ms=3, label=name)
         if i < 2:  # of all, they would hide each other
             curves.fill_between(k, curve.low, curve.high, color=color, alpha=0.15, lw=0)
-        places = i + np.linspace(-0.2, 0.2, len(row.runs))
-        dots.plot(places, row.errors, marker, color=color, alpha=0.6, ms=5, mew=0)
-        dots.hlines(row.mean, i - 0.3, i + 0.3, color=color, lw=2)
-        dots.text(i, largest + height, f"{row.mean:.1f}", color=color, ha="center")
+        places, whole = i + np.linspace(-0.2, 0.2, len(row.runs)), ~row.broken
+        dots.plot(places[whole], row.errors[whole], marker, color=color, alpha=0.6, ms=5, mew=0)
+        mean = row.errors[whole].mean()
+        dots.hlines(mean, i - 0.3, i + 0.3, color=color, lw=2)
+        dots.text(i, largest + height, f"{mean:.1f}", color=color, ha="center")
+        if not whole.all():
+            note = f"{row.broken.sum()} more\nbroke down"
+            dots.text(i, largest + 2 * height, note, color=color, ha="center", size=7)
         means = [np.mean([run[key] for run in row.runs]) for key in AFTER]
         after.plot(range(len(AFTER)), means, marker, color=color, ls="-", lw=1, label=name)
     curves.set(xlabel="trials", ylabel="expected test error of the best (%)", xscale="log")
@@ -53,7 +57,7 @@ def draw(study: Study, trials: Trials, rows: dict[str, Row]) -> Path:
     curves.set_title("At your tuning budget (bands: 95 %)", size=10)
     curves.legend(frameon=False)
     dots.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], size=8)
-    dots.set(ylabel="test error (%)", ylim=(least - height, largest + 3 * height))
+    dots.set(ylabel="test error (%)", ylim=(least - height, largest + 4 * height))
     dots.set_title(f"Tuned: every run, {trials.study.seeds} seeds", size=10)
     after.set_xticks(range(len(AFTER)), list(AFTER.values()))
     after.set(ylabel="mean test error (%)")

@@ -145,13 +145,27 @@ def draws(
     def update(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        shares, memory = [], state
-        for i in range(count):
-            out, memory = method.update(updates, state, params, draw_index=(i, count), **extra_args)
-            shares.append(_numerics.map_wide(lambda g: g / count, out))
-        return _numerics.map_wide(lambda *gradients: sum(gradients), *shares), memory
+        outs, memories = each_draw(method, count, updates, state, params, **extra_args)
+        shares = [_numerics.map_wide(lambda g: g / count, out) for out in outs]
+        return _numerics.map_wide(lambda *gradients: sum(gradients), *shares), memories[-1]
 
     return transformation(method.init, update)
+
+
+def each_draw(
+    method: optax.GradientTransformationExtraArgs,
+    count: int,
+    updates: optax.Updates,
+    state: Any,
+    params: Any,
+    **extra_args: Any,
+) -> tuple[list[optax.Updates], list[Any]]:
+    """The results and the memories of so many draws of a step, all from the same memory."""
+    drawn = [
+        method.update(updates, state, params, draw_index=(i, count), **extra_args)
+        for i in range(count)
+    ]
+    return [out for out, _ in drawn], [memory for _, memory in drawn]
 
 
 def random_perturbation(

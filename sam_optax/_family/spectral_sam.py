@@ -78,20 +78,6 @@ def spectral_ascent(
     _checks.at_least("rho", rho, 0.0)
     ns_steps = _checks.integer_at_least("ns_steps", ns_steps, 0)
 
-    def move(g: Any, scale: Any, is_matrix: bool, radius: Any) -> jax.Array:
-        if is_matrix and jnp.ndim(g) < 2:
-            raise ValueError(
-                "matrices must mark leaves with two dimensions or more, "
-                f"got one of shape {jnp.shape(g)}"
-            )
-        v = _numerics.widened(g) * (1 if scale is None else scale)
-        _, unit = _numerics.norm_and_unit(v)
-        if is_matrix:
-            whole = _resharded(unit, None)
-            whole = _orthogonalised(whole.reshape(-1, g.shape[-1]), ns_steps).reshape(g.shape)
-            unit = _resharded(whole, unit)
-        return (radius * unit * (1 if scale is None else scale)).astype(g.dtype)
-
     def update(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
@@ -99,15 +85,13 @@ def spectral_ascent(
         radius, state = scheduled(rho, state)
         grads, treedef = jax.tree.flatten(updates)
         scales = _normalization.scales(normalization, treedef, grads, params)
-        usual = jax.tree.unflatten(treedef, [jnp.ndim(g) > 1 for g in grads])
-        by_matrix = usual if matrices is None else matrices
-        are_matrices = _masks.chosen(by_matrix, treedef, grads, params, "matrices")
+        by_matrix = (
+            jax.tree.map(lambda g: jnp.ndim(g) > 1, updates) if matrices is None else matrices
+        )
+        marked = _masks.chosen(by_matrix, treedef, grads, params, "matrices")
         chosen = _masks.chosen(mask, treedef, grads, params)
-        moves = [
-            move(g, scale, is_matrix, radius) if use else jnp.zeros_like(_numerics.movable(g))
-            for g, scale, is_matrix, use in zip(grads, scales, are_matrices, chosen, strict=True)
-        ]
-        return jax.tree.unflatten(treedef, moves), state
+        parts = zip(grads, scales, marked, chosen, strict=True)
+        return jax.tree.unflatten(treedef, [_move(*p, radius, ns_steps) for p in parts]), state
 
     return transformation(lambda params: count_for(rho), update)
 
@@ -166,6 +150,26 @@ def spectral_sam(
         rho, ns_steps, normalization=normalization, mask=mask, matrices=matrices
     )
     return sharpness_aware(ascent, descent)
+
+
+def _move(
+    g: Any, scale: Any, is_matrix: bool, is_chosen: bool, radius: Any, ns_steps: int
+) -> jax.Array:
+    """The perturbation of a leaf: radius T unit, the unit being that of T g."""
+    if not is_chosen:
+        return jnp.zeros_like(_numerics.movable(g))
+    if is_matrix and jnp.ndim(g) < 2:
+        raise ValueError(
+            "matrices must mark leaves with two dimensions or more, "
+            f"got one of shape {jnp.shape(g)}"
+        )
+    scale = 1 if scale is None else scale
+    _, unit = _numerics.norm_and_unit(_numerics.widened(g) * scale)
+    if is_matrix:
+        whole = _resharded(unit, None)
+        whole = _orthogonalised(whole.reshape(-1, g.shape[-1]), ns_steps).reshape(g.shape)
+        unit = _resharded(whole, unit)
+    return (radius * unit * scale).astype(g.dtype)
 
 
 def _resharded(x: jax.Array, like: jax.Array | None) -> jax.Array:

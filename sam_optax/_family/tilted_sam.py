@@ -8,6 +8,7 @@ import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
+from sam_optax._family.random_perturbation import each_draw
 from sam_optax._joined import in_turn
 from sam_optax._rules import transformation
 from sam_optax._sharpness_aware import sharpness_aware
@@ -164,30 +165,14 @@ def tilted(
     count = _checks.integer_at_least("count", count, 1)
     _checks.in_interval("tilt", tilt, "(-inf, inf)")
     method = optax.with_extra_args_support(method)
-    is_loss = lambda x: isinstance(x, PerturbedLossState)
-
-    def loss_in(memory: optax.OptState) -> jax.Array:
-        found = [x for x in jax.tree.leaves(memory, is_leaf=is_loss) if is_loss(x)]
-        if len(found) != 1:
-            raise ValueError(
-                f"method must hold one keep_loss among its descents, got {len(found)} of them"
-            )
-        return found[0].loss
 
     def update(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        outs, memory = [], state
-        losses = []
-        for i in range(count):
-            out, memory = method.update(updates, state, params, draw_index=(i, count), **extra_args)
-            outs.append(out)
-            losses.append(loss_in(memory))
-        weights = jax.nn.softmax(tilt * jnp.stack(losses))
-        result = _numerics.map_wide(
-            lambda *gradients: sum(w * g for w, g in zip(weights, gradients, strict=True)), *outs
-        )
-        return result, memory
+        outs, memories = each_draw(method, count, updates, state, params, **extra_args)
+        weights = jax.nn.softmax(tilt * jnp.stack([_loss_in(memory) for memory in memories]))
+        weigh = lambda *gradients: sum(w * g for w, g in zip(weights, gradients, strict=True))
+        return _numerics.map_wide(weigh, *outs), memories[-1]
 
     return transformation(method.init, update)
 
@@ -254,3 +239,13 @@ def tilted_sam(
     climb = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
     ascent = in_turn(optax.chain(gaussian_noise(key), start), climb)
     return tilted(sharpness_aware(ascent, keep_loss()), samples, tilt)
+
+
+def _loss_in(memory: optax.OptState) -> jax.Array:
+    is_loss = lambda x: isinstance(x, PerturbedLossState)
+    found = [x for x in jax.tree.leaves(memory, is_leaf=is_loss) if is_loss(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"method must hold one keep_loss among its descents, got {len(found)} of them"
+        )
+    return found[0].loss

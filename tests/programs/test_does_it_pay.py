@@ -541,6 +541,21 @@ def test_a_task_of_the_users_own(tmp_path, capsys, monkeypatch):
     assert "minutes in all" in capsys.readouterr().out
 
 
+def test_the_task_of_the_readme(tmp_path, capsys, monkeypatch):
+    (code,) = re.findall(r"```python\n(# my_task.py.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(code.splitlines()) <= 11
+    (tmp_path / "readme_task.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = ["--out", str(tmp_path), "--task", "readme_task:task", "--plan"]
+    module("does_it_pay").main(arguments)
+    assert "minutes in all" in capsys.readouterr().out
+    task = module("readme_task").task
+    x, y = task.data(0).train
+    params, state = task.init(jax.random.key(0))
+    outputs, _ = task.apply(params, state, x, None, {})
+    assert outputs.shape == (len(y), 10)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -330,5 +330,10 @@ def optimizer(name: str, task: Task, setting: Setting, steps: Any) -> Any:
 
 def names(task: Task) -> list[str]:
     """The methods that suit a task."""
-    suits = lambda name: not task.frozen if name in SGD_ALONE else NEED.get(name, bool)(task)
-    return [n for n in METHODS if suits(n) and (task.optimizer == "sgd" or n not in SGD_ALONE)]
+
+    def suits(name: str) -> bool:
+        if name in SGD_ALONE:
+            return task.optimizer == "sgd" and not task.frozen
+        return name not in NEED or bool(NEED[name](task))
+
+    return [name for name in METHODS if suits(name)]

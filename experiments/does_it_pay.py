@@ -1,6 +1,6 @@
 """Does SAM pay for me? Methods at equal tuning and equal compute, on your task or on five others.
 
-    python experiments/does_it_pay.py                        # all tasks: about an hour on two cores
+    python experiments/does_it_pay.py                        # all tasks: two hours on two cores
     python experiments/does_it_pay.py --task mlp text       # some
     python experiments/does_it_pay.py --task my_module:task # your own, about twenty lines
     python experiments/does_it_pay.py --plan                 # what would run, and how long

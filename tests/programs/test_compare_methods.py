@@ -74,6 +74,22 @@ def test_rare_classes_are_rare_and_balanced_in_the_test_set(cache):
     assert counts.max() < 1.1 * counts.min()
 
 
+def test_imb_sam_is_the_plain_optimizer_where_no_class_is_rare(cache):
+    methods, training = module("_methods"), module("_compare_training")
+    task = module("_tasks").load("rare", cache, quick=True)
+    setting, rare = methods.grid("imb_sam", task)[2], np.isin(task.train[1], task.rare)
+
+    def trained(name, rows):
+        carry = training.first(task, name, setting, 100, 0)
+        step = jax.jit(training.make_step(task, name, setting, 100))
+        return jax.tree.leaves(step(step(carry, rows), rows)[0])  # the first has rate 0
+
+    for rows, equal in ((np.flatnonzero(~rare), True), (np.flatnonzero(rare), False)):
+        pair = [trained(name, jnp.asarray(rows[: task.batch])) for name in ("plain", "imb_sam")]
+        close = [np.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*pair, strict=True)]
+        assert all(close) if equal else not any(close)
+
+
 def test_adapters_learn_and_what_is_frozen_stays(cache):
     methods, training = module("_methods"), module("_compare_training")
     task = module("_tasks").load("adapters", cache, quick=True)

@@ -31,7 +31,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "draws": {"method": sam_optax.sharpness_aware(sam_optax.gaussian_ascent()), "count": 2},
     "esam": {"loss_fn": lambda params, *batch: None},
     "flat_lora": {"frozen": True, "steps": 100},
-    "functional_sam": {"model_fn": lambda params, x: x, "loss_fn": lambda outputs: outputs},
+    "jacobian_sam": {"model_fn": lambda params, x: x, "loss_fn": lambda outputs: outputs},
     "k_sam": {"loss_fn": lambda params, *batch: None, "k": 8},
     "late_phase": {"method": sam_optax.sam(), "start": 50},
     "late_tail": {"method": sam_optax.sam(), "steps": 100},
@@ -61,7 +61,7 @@ the code: `sam_optax.composition(method)` reads the same from any method, yours 
 
 G is one forward and backward pass, F a forward pass, B the size of the batch. Methods without
 memory go into `sam_optax.value_and_grad` or a chain, those with memory into a chain. Optimizers
-take the base optimizer, or are one. `esam`, `k_sam` and `functional_sam` are functions like
+take the base optimizer, or are one. `esam`, `k_sam` and `jacobian_sam` are functions like
 `value_and_grad`. All whose ascent is `dual_ascent` take `p`, `normalization` and `mask`: GSAM over
 ASAM's ascent is `gsam(0.5, normalization=elementwise())`.
 

@@ -95,7 +95,7 @@ REFUSED = {  # the others, and why
     "cadenced": "takes a cadence; take late_phase, randomised or adaptive",
     "draws": "takes a random method; take random_perturbation",
     "flat_lora": "is for adapters of frozen weights",
-    "functional_sam": "takes model and loss apart; take sam or asam",
+    "jacobian_sam": "takes model and loss apart; take sam or asam",
     "imb_sam": "needs the loss of rare classes",
     "polyak_sam": "has a learning rate of its own",
     "sharing": "takes a method that reads the optimizer; take shared_momentum_sam",

@@ -182,9 +182,9 @@ def polyak_sam(rho: Any, job: Job) -> optax.GradientTransformation:
     return optax.chain(optax.GradientTransformationExtraArgs(method.init, update), optax.sgd(1.0))
 
 
-def functional_sam(rho: Any, job: Job) -> optax.GradientTransformation:
+def jacobian_sam(rho: Any, job: Job) -> optax.GradientTransformation:
     mean = lambda logits, y: optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-    of = sam_optax.functional_grad_fn(job.task.model.apply, mean)
+    of = sam_optax.jacobian_grad_fn(job.task.model.apply, mean)
     method = sam_optax.sam(rho)
 
     def update(updates, state, params=None, *, batch, **extra_args):
@@ -284,7 +284,7 @@ METHODS = {
     **{f"late_tail, last {tail:g}": late_decay(tail) for tail in TAILS},
     "plain, decay in the last 0.3": Method(1, 0, lambda rho, job: job._replace(tail=0.3).base()),
     "tilted_sam": Method(4, 1, link(lambda rho: sam_optax.tilted_sam(rho, samples=2, radius=rho))),
-    "functional_sam": Method(2, 1, functional_sam),
+    "jacobian_sam": Method(2, 1, jacobian_sam),
     "lookbehind": Method(3, 0.75, with_base(sam_optax.lookbehind, moves=2)),
     "shared_preconditioned_sam": Method(2, 0.0025, with_base(sam_optax.shared_preconditioned_sam)),
     "imb_sam": Method(3, 1.5, imb_sam),

@@ -15,7 +15,7 @@ A perturbation is an Optax update, and a method is a composition: a cadence of
                                              method is made of
     _mesh, _cuts, _groups, _gathers          a map of the library's own; groups; what is refused
     _ascent_pass, _doors, _functional,       passes over a loss; the doors for functions and for
-    _functional_sam, nnx, equinox            modules
+    _jacobian_sam, nnx, equinox              modules
     averaging/                               averages of weights
     _measures/, sharpness/, landscape/, draw what measures share; measuring; drawing
 """
@@ -130,8 +130,8 @@ from sam_optax._family.z_sharp import z_sharp as z_sharp
 from sam_optax._functional import grad as grad
 from sam_optax._functional import value_and_grad as value_and_grad
 from sam_optax._functional import value_and_grad_fn as value_and_grad_fn
-from sam_optax._functional_sam import functional_grad_fn as functional_grad_fn
-from sam_optax._functional_sam import functional_sam as functional_sam
+from sam_optax._jacobian_sam import jacobian_grad_fn as jacobian_grad_fn
+from sam_optax._jacobian_sam import jacobian_sam as jacobian_sam
 from sam_optax._joined import in_turn as in_turn
 from sam_optax._joined import sum_of as sum_of
 from sam_optax._masks import name_mask as name_mask
@@ -198,8 +198,6 @@ __all__ = (
     "flat_lora",
     "friendly_sam",
     "from_step",
-    "functional_grad_fn",
-    "functional_sam",
     "gam",
     "gaussian_ascent",
     "gaussian_noise",
@@ -208,6 +206,8 @@ __all__ = (
     "gsam",
     "imb_sam",
     "in_turn",
+    "jacobian_grad_fn",
+    "jacobian_sam",
     "k_sam",
     "keep_loss",
     "keep_momentum",

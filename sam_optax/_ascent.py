@@ -9,7 +9,7 @@ import optax
 from sam_optax import _checks, _masks, _normalization, _numerics
 from sam_optax._hyperparameters import count_for, scheduled
 from sam_optax._rules import transformation
-from sam_optax._types import Mask, Normalization
+from sam_optax._types import Mask, Normalization, Result
 
 
 def dual_ascent(
@@ -81,25 +81,11 @@ def dual_ascent(
     p = 2.0 if p is None else p
     _checks.at_least("p", p, 1.0)
 
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: Any = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del extra_args
+    def update(updates: optax.Updates, state: Any, params: Any = None, **_: Any) -> Result:
         radius, state = scheduled(rho, state)
-        grads, treedef = jax.tree.flatten(updates)
-        chosen = _masks.chosen(mask, treedef, grads, params)
-        scales = _normalization.scales(normalization, treedef, grads, params)
-        perturbable = [i for i, use in enumerate(chosen) if use]
-        perturbations = _dual(
-            [grads[i] for i in perturbable], [scales[i] for i in perturbable], radius, p
-        )
-        result = [jnp.zeros_like(_numerics.movable(g)) for g in grads]
-        for i, e in zip(perturbable, perturbations, strict=True):
-            result[i] = e.astype(jnp.result_type(grads[i]))
-        return jax.tree.unflatten(treedef, result), state
+        scales = _normalization.scales(normalization, updates, params)
+        move = lambda grads, scales: _dual(grads, scales, radius, p)
+        return _masks.moved(mask, move, updates, params, scales), state
 
     return transformation(lambda params: count_for(rho), update)
 
@@ -140,20 +126,10 @@ def proportional_ascent(
     """
     _checks.at_least("rho", rho, 0.0)
 
-    def update(
-        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del extra_args
+    def update(updates: optax.Updates, state: Any, params: Any = None, **_: Any) -> Result:
         factor, state = scheduled(rho, state)
-        leaves, treedef = jax.tree.flatten(updates)
-        chosen = _masks.chosen(mask, treedef, leaves, params)
-        moves = [
-            (factor * _numerics.widened(d)).astype(jnp.result_type(d))
-            if use
-            else jnp.zeros_like(_numerics.movable(d))
-            for use, d in zip(chosen, leaves, strict=True)
-        ]
-        return jax.tree.unflatten(treedef, moves), state
+        move = lambda directions: [factor * _numerics.widened(d) for d in directions]
+        return _masks.moved(mask, move, updates, params), state
 
     return transformation(lambda params: count_for(rho), update)
 

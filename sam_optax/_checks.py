@@ -84,6 +84,12 @@ def given(name: str, value: Any, use: str) -> None:
         raise ValueError(f"{name} must be given to update ({use}), got None")
 
 
+def left_out(name: str, value: Any, use: str) -> None:
+    """Requires that an argument of `update` is not given."""
+    if value is not None:
+        raise ValueError(f"{name} must be left out ({use}), got {value!r}")
+
+
 def same_structure(name: str, tree: Any, reference: Any) -> None:
     """Requires the structure and shapes of `reference`; names the first path that differs."""
 

@@ -7,7 +7,7 @@ import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._rules import rule, transformation
-from sam_optax._types import GradFn
+from sam_optax._types import GradFn, Result
 
 
 def sum_of(
@@ -101,17 +101,12 @@ def in_turn(
     first, second = rule(first), rule(second)
 
     def update(
-        updates: optax.Updates,
-        state: Any,
-        params: Any = None,
-        *,
-        grad_fn: GradFn,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        extra_args["grad_fn"] = grad_fn
-        start, first_state = first.update(updates, state[0], params, **extra_args)
+        updates: Any, state: Any, params: Any = None, *, grad_fn: GradFn, **given: Any
+    ) -> Result:
+        given["grad_fn"] = grad_fn
+        start, first_state = first.update(updates, state[0], params, **given)
         here = optax.apply_updates(params, start)
-        move, second_state = second.update(grad_fn(here), state[1], here, **extra_args)
+        move, second_state = second.update(grad_fn(here), state[1], here, **given)
         return optax.apply_updates(start, move), (first_state, second_state)
 
     return transformation(lambda params: (first.init(params), second.init(params)), update)

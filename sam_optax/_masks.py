@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sam_optax import _checks, _numerics
@@ -69,17 +70,32 @@ def names(path: Any) -> list[str]:
     return [str(getattr(e, "key", getattr(e, "name", getattr(e, "idx", e)))) for e in path]
 
 
-def chosen(
-    mask: Mask | None, treedef: Any, grads: list[Any], params: Any, name: str = "mask"
-) -> list[bool]:
+def moved(
+    mask: Mask | None, move: Callable[..., list[Any]], tree: Any, params: Any, *beside: list[Any]
+) -> Any:
+    """A tree whose leaves under the mask are what move makes of them, the others 0.
+
+    move takes a list of the leaves, and one for each list of things beside all
+    leaves (scales, say); what it returns is cast to the dtypes of the leaves.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    index = [i for i, use in enumerate(chosen(mask, tree, params)) if use]
+    result = [jnp.zeros_like(_numerics.movable(x)) for x in leaves]
+    new = move(*([column[i] for i in index] for column in (leaves, *beside)))
+    for i, e in zip(index, new, strict=True):
+        result[i] = e.astype(jnp.result_type(leaves[i]))
+    return jax.tree.unflatten(treedef, result)
+
+
+def chosen(mask: Mask | None, tree: Any, params: Any, name: str = "mask") -> list[bool]:
     """Which leaves are perturbed, or chosen by another mask of this name."""
+    leaves = jax.tree.leaves(tree)
     if mask is None:
-        masks: list[Any] = [True] * len(grads)
+        masks: list[Any] = [True] * len(leaves)
     else:
         if callable(mask):
             _checks.given("params", params, f"the {name} is a function of them")
             mask = mask(params)
-        tree = jax.tree.unflatten(treedef, grads)
         try:
             full = jax.tree.map(lambda m, part: jax.tree.map(lambda _: m, part), mask, tree)
         except (ValueError, TypeError) as error:
@@ -90,4 +106,4 @@ def chosen(
         for entry in masks:
             if not isinstance(entry, bool | np.bool_ | jax.Array):
                 raise ValueError(f"{name} must hold booleans, got {entry!r}")
-    return [bool(m) and _numerics.is_perturbable(g) for m, g in zip(masks, grads, strict=True)]
+    return [bool(m) and _numerics.is_perturbable(x) for m, x in zip(masks, leaves, strict=True)]

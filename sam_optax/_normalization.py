@@ -148,13 +148,9 @@ def _operator(
     return normalization
 
 
-def scales(
-    normalization: Normalization | None,
-    treedef: Any,
-    grads: list[Any],
-    params: Any,
-) -> list[Any]:
+def scales(normalization: Normalization | None, tree: Any, params: Any) -> list[Any]:
     """The diagonal of T, leaf by leaf; None without a normalization."""
+    grads, treedef = jax.tree.flatten(tree)
     if normalization is None:
         return [None] * len(grads)
     _checks.given("params", params, "the normalization is a function of them")

@@ -89,7 +89,7 @@ def _adapters_alone(frozen: Mask) -> optax.GradientTransformationExtraArgs:
 
     def kept(updates: optax.Updates, params: optax.Params) -> optax.Updates:
         leaves, treedef = jax.tree.flatten(updates)
-        fixed = _masks.chosen(frozen, treedef, leaves, params, "frozen")
+        fixed = _masks.chosen(frozen, updates, params, "frozen")
         parts = [
             jnp.zeros_like(_numerics.movable(g)) if f else g
             for f, g in zip(fixed, leaves, strict=True)

@@ -5,12 +5,12 @@ from typing import Any
 import jax
 import optax
 
-from sam_optax import _numerics
+from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
 from sam_optax._gradients import checked
 from sam_optax._rules import stateless, transformation
 from sam_optax._sharpness_aware import sharpness_aware
-from sam_optax._types import GradFn, Mask, Normalization
+from sam_optax._types import GradFn, Mask, Normalization, Result
 
 
 def imb_sam(
@@ -79,22 +79,13 @@ def _along_the_tail(
     """The method with tail_grad_fn as the function that its perturbed gradient comes from."""
 
     def update(
-        updates: optax.Updates,
-        state: Any,
-        params: Any = None,
-        *,
-        tail_grad_fn: GradFn,
-        descent_grad_fn: GradFn | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        if descent_grad_fn is not None:
-            raise ValueError(
-                "descent_grad_fn must be left out, and aux_from be 'clean': the perturbed "
-                f"gradient is that of tail_grad_fn, got {descent_grad_fn!r}"
-            )
+        updates: Any, state: Any, params: Any = None, *, tail_grad_fn: GradFn, **given: Any
+    ) -> Result:
+        use = "tail_grad_fn takes its place; aux_from must be 'clean'"
+        _checks.left_out("descent_grad_fn", given.get("descent_grad_fn"), use)
         tail = checked("tail_grad_fn", tail_grad_fn, updates)
-        of_tail = {"tail_grad_fn": tail, "descent_grad_fn": tail}
-        return method.update(updates, state, params, **of_tail, **extra_args)
+        given |= {"tail_grad_fn": tail, "descent_grad_fn": tail}
+        return method.update(updates, state, params, **given)
 
     return transformation(method.init, update)
 

@@ -11,7 +11,7 @@ from sam_optax._ascent import dual_ascent
 from sam_optax._hyperparameters import count_for, scheduled
 from sam_optax._rules import rule, transformation
 from sam_optax._sharpness_aware import sharpness_aware
-from sam_optax._types import Mask, Normalization
+from sam_optax._types import Mask, Normalization, Result
 
 
 def limit_rise(
@@ -54,11 +54,9 @@ def limit_rise(
     ascent = rule(ascent)
     _checks.at_least("sigma", sigma, 0.0)
 
-    def update(
-        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
+    def update(updates: optax.Updates, state: Any, params: Any = None, **given: Any) -> Result:
         bound, count = scheduled(sigma, state[1])
-        perturbation, memory = ascent.update(updates, state[0], params, **extra_args)
+        perturbation, memory = ascent.update(updates, state[0], params, **given)
         rise = _numerics.inner(updates, perturbation)
         share = jnp.where(rise > bound, bound / _numerics.nonzero(rise), 1)
         return _numerics.map_wide(lambda e: share * e, perturbation), (memory, count)

@@ -52,20 +52,14 @@ def polyak_step(
     _checks.in_interval("bound", bound, "(0, inf)")
     _checks.in_interval("lowest", lowest, "(-inf, inf)")
 
-    def combine(
-        perturbed: optax.Updates,
-        params: optax.Params,
-        *,
-        perturbation: optax.Updates,
-        value_fn: Any,
-    ) -> optax.Updates:
+    def combine(g_s: Any, params: Any, *, perturbation: Any, value_fn: Any) -> optax.Updates:
         loss = value_fn(optax.apply_updates(params, perturbation))
-        length, direction = _numerics.norm_and_unit(perturbed)
+        length, direction = _numerics.norm_and_unit(g_s)
         # <g_s, e>/|g_s| and the division by |g_s| apart: a square might leave the range.
         gain = (loss - lowest) / _numerics.nonzero(length)
         gain = gain - _numerics.inner(direction, perturbation)
         step = jnp.clip(gain / _numerics.nonzero(length), 0, bound)
-        return _numerics.map_wide(lambda g_s: step * g_s, perturbed)
+        return _numerics.map_wide(lambda g: step * g, g_s)
 
     return stateless(combine)
 

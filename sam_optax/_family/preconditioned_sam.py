@@ -8,10 +8,10 @@ import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
-from sam_optax._rules import transformation
+from sam_optax._rules import stateless, transformation
 from sam_optax._sharing import kept_by, sharing
 from sam_optax._sharpness_aware import sharpness_aware
-from sam_optax._types import Mask, Normalization
+from sam_optax._types import Mask, Normalization, Result
 
 
 class SecondMomentState(NamedTuple):
@@ -58,10 +58,7 @@ def keep_second_moment(b2: jax.typing.ArrayLike = 0.999) -> optax.GradientTransf
             return jnp.zeros_like(w)
         return jnp.zeros_like(w, jnp.promote_types(jnp.finfo(w.dtype).dtype, jnp.float32))
 
-    def update(
-        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[optax.Updates, SecondMomentState]:
-        del params, extra_args
+    def update(updates: optax.Updates, state: Any, params: Any = None, **_: Any) -> Result:
         square = lambda v, g: b2 * v + (1 - b2) * _numerics.abs_square(g)
         new = _numerics.map_wide(square, state.nu, updates)
         return updates, SecondMomentState(_numerics.keep_if_nonfinite(updates, new, state.nu))
@@ -115,20 +112,13 @@ def precondition(eps: jax.typing.ArrayLike = 1e-8) -> optax.GradientTransformati
         unknown = v == 0  # nothing to divide by yet
         return jnp.where(unknown, d, d / (jnp.sqrt(jnp.where(unknown, 1, v)) + eps))
 
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: Any = None,
-        *,
-        descent_state: Any = None,
-        base_state: Any = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del params, extra_args
+    def scaled(
+        updates: optax.Updates, descent_state: Any = None, base_state: Any = None
+    ) -> optax.Updates:
         states = {"descent": descent_state, "base": base_state}
-        return _numerics.map_wide(scale, updates, kept_by(("nu",), states, updates)), state
+        return _numerics.map_wide(scale, updates, kept_by(("nu",), states, updates))
 
-    return transformation(lambda params: optax.EmptyState(), update)
+    return stateless(scaled)
 
 
 def preconditioned_sam(
@@ -143,9 +133,8 @@ def preconditioned_sam(
     r"""Preconditioned SAM: SAM's perturbation, scaled as Adam scales a step.
 
     Perturbs weights with small gradients more. Reported to help language models
-    where SAM hurts, alone and with the gradient of `functional_grad_fn`. Give
-    it the b2 of the Adam that follows; `shared_preconditioned_sam` reads that
-    one instead.
+    where SAM hurts. Give it the b2 of the Adam that follows;
+    `shared_preconditioned_sam` reads that one instead.
 
         e = (rho/||g||) g/(sqrt(v) + eps), without the divisor in the first step;
         out = g_s;  then v <- b2 v + (1 - b2) g_s^2

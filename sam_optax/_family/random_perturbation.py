@@ -90,16 +90,13 @@ def gaussian_ascent(
         deviation, std_state = scheduled(std, state.std)
         index, count = draw_index
         next_key, keys = draw(state.key, count)
-        leaves, treedef = jax.tree.flatten(params)
-        noise = jax.tree.leaves(_numerics.random_normal(keys[index], params))
-        scales = _normalization.scales(normalization or _filter_norms, treedef, leaves, params)
-        moves = [
-            _numerics.map_wide(lambda n, T=T: deviation * T * n, n) if use else jnp.zeros_like(n)
-            for use, T, n in zip(
-                _masks.chosen(mask, treedef, leaves, params), scales, noise, strict=True
-            )
+        noise = _numerics.random_normal(keys[index], params)
+        scales = _normalization.scales(normalization or _filter_norms, params, params)
+        move = lambda noise, scales: [
+            deviation * t * _numerics.widened(n) for n, t in zip(noise, scales, strict=True)
         ]
-        return jax.tree.unflatten(treedef, moves), GaussianAscentState(next_key, std_state)
+        moves = _masks.moved(mask, move, noise, params, scales)
+        return moves, GaussianAscentState(next_key, std_state)
 
     return transformation(init, update)
 

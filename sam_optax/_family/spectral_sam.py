@@ -11,7 +11,7 @@ from sam_optax import _checks, _masks, _normalization, _numerics
 from sam_optax._hyperparameters import count_for, scheduled
 from sam_optax._rules import transformation
 from sam_optax._sharpness_aware import sharpness_aware
-from sam_optax._types import Mask, Normalization
+from sam_optax._types import Mask, Normalization, Result
 
 # Of Muon: they lift small singular values fast and leave all of them between 0.7 and 1.2.
 LIFT = (3.4445, -4.7750, 2.0315)
@@ -78,20 +78,12 @@ def spectral_ascent(
     _checks.at_least("rho", rho, 0.0)
     ns_steps = _checks.integer_at_least("ns_steps", ns_steps, 0)
 
-    def update(
-        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del extra_args
+    def update(updates: optax.Updates, state: Any, params: Any = None, **_: Any) -> Result:
         radius, state = scheduled(rho, state)
-        grads, treedef = jax.tree.flatten(updates)
-        scales = _normalization.scales(normalization, treedef, grads, params)
-        by_matrix = (
-            jax.tree.map(lambda g: jnp.ndim(g) > 1, updates) if matrices is None else matrices
-        )
-        marked = _masks.chosen(by_matrix, treedef, grads, params, "matrices")
-        chosen = _masks.chosen(mask, treedef, grads, params)
-        parts = zip(grads, scales, marked, chosen, strict=True)
-        return jax.tree.unflatten(treedef, [_move(*p, radius, ns_steps) for p in parts]), state
+        scales = _normalization.scales(normalization, updates, params)
+        marked = _marked(matrices, updates, params)
+        move = lambda g, t, m: [_move(*x, radius, ns_steps) for x in zip(g, t, m, strict=True)]
+        return _masks.moved(mask, move, updates, params, scales, marked), state
 
     return transformation(lambda params: count_for(rho), update)
 
@@ -152,12 +144,15 @@ def spectral_sam(
     return sharpness_aware(ascent, descent)
 
 
-def _move(
-    g: Any, scale: Any, is_matrix: bool, is_chosen: bool, radius: Any, ns_steps: int
-) -> jax.Array:
+def _marked(matrices: Mask | None, grads: optax.Updates, params: Any) -> list[bool]:
+    """Which leaves are taken as matrices: by default all that can be."""
+    if matrices is None:
+        matrices = jax.tree.map(lambda g: jnp.ndim(g) > 1, grads)
+    return _masks.chosen(matrices, grads, params, "matrices")
+
+
+def _move(g: Any, scale: Any, is_matrix: bool, radius: Any, ns_steps: int) -> jax.Array:
     """The perturbation of a leaf: radius T unit, the unit being that of T g."""
-    if not is_chosen:
-        return jnp.zeros_like(_numerics.movable(g))
     if is_matrix and jnp.ndim(g) < 2:
         raise ValueError(
             "matrices must mark leaves with two dimensions or more, "
@@ -169,7 +164,7 @@ def _move(
         whole = _resharded(unit, None)
         whole = _orthogonalised(whole.reshape(-1, g.shape[-1]), ns_steps).reshape(g.shape)
         unit = _resharded(whole, unit)
-    return (radius * unit * scale).astype(g.dtype)
+    return radius * unit * scale
 
 
 def _resharded(x: jax.Array, like: jax.Array | None) -> jax.Array:

@@ -12,7 +12,7 @@ from sam_optax._family.random_perturbation import each_draw
 from sam_optax._joined import in_turn
 from sam_optax._rules import transformation
 from sam_optax._sharpness_aware import sharpness_aware
-from sam_optax._types import Mask, Normalization
+from sam_optax._types import Mask, Normalization, Result
 
 
 class GaussianNoiseState(NamedTuple):
@@ -62,14 +62,9 @@ def gaussian_noise(key: int | jax.Array = 0) -> optax.GradientTransformationExtr
     first, draw = _numerics.key_stream(key)
 
     def update(
-        updates: optax.Updates,
-        state: Any,
-        params: Any = None,
-        *,
-        draw_index: tuple[int, int] = (0, 1),
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, GaussianNoiseState]:
-        del updates, extra_args
+        updates: Any, state: Any, params: Any = None, *, draw_index: Any = (0, 1), **_: Any
+    ) -> Result:
+        del updates
         _checks.given("params", params, "noise has their shapes")
         index, count = draw_index
         next_key, keys = draw(state.key, count)
@@ -108,15 +103,8 @@ def keep_loss() -> optax.GradientTransformationExtraArgs:
     """
 
     def update(
-        updates: optax.Updates,
-        state: Any,
-        params: Any = None,
-        *,
-        perturbation: optax.Updates,
-        value_fn: Any,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, PerturbedLossState]:
-        del extra_args
+        updates: Any, state: Any, params: Any = None, *, perturbation: Any, value_fn: Any, **_: Any
+    ) -> Result:
         loss = value_fn(optax.apply_updates(params, perturbation))
         return updates, PerturbedLossState(jnp.asarray(loss, state.loss.dtype))
 
@@ -166,10 +154,8 @@ def tilted(
     _checks.in_interval("tilt", tilt, "(-inf, inf)")
     method = optax.with_extra_args_support(method)
 
-    def update(
-        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        outs, memories = each_draw(method, count, updates, state, params, **extra_args)
+    def update(updates: optax.Updates, state: Any, params: Any = None, **given: Any) -> Result:
+        outs, memories = each_draw(method, count, updates, state, params, **given)
         weights = jax.nn.softmax(tilt * jnp.stack([_loss_in(memory) for memory in memories]))
         weigh = lambda *gradients: sum(w * g for w, g in zip(weights, gradients, strict=True))
         return _numerics.map_wide(weigh, *outs), memories[-1]

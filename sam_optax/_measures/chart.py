@@ -85,7 +85,7 @@ def chart(
     """
     _require_arrays(params)
     leaves, treedef = jax.tree.flatten(params)
-    chosen = _masks.chosen(mask, treedef, leaves, params)
+    chosen = _masks.chosen(mask, params, params)
     _require_trained(params, chosen)
     index = tuple(i for i, use in enumerate(chosen) if use)
     if not index:
@@ -95,7 +95,7 @@ def chart(
             "params must be real for a measure of the Hessian (keep complex leaves out by mask), "
             f"got {[jnp.result_type(leaves[i]).name for i in index]}"
         )
-    scales = _normalization.scales(normalization, treedef, leaves, params)
+    scales = _normalization.scales(normalization, params, params)
     return Chart(params, [scales[i] for i in index], index)
 
 

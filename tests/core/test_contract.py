@@ -19,7 +19,7 @@ from sam_optax import FAMILY
 def test_the_table_of_the_family_knows_every_name():
     """And nothing else: whoever adds a method says what it is and needs."""
     parts = {"pmean", "sharpness_aware", "stateless"}
-    assert set(FAMILY) == set(METHODS) - parts | {"esam", "k_sam", "functional_sam"}
+    assert set(FAMILY) == set(METHODS) - parts | {"esam", "k_sam", "jacobian_sam"}
     assert list(FAMILY) == sorted(FAMILY)
 
 

@@ -182,9 +182,9 @@ def numpy_functional(w, batch, e):
     return ref.gradient(moved, (x, outputs(moved) - outputs(w) + y))
 
 
-def test_functional_sam_follows_its_equation(x64):
+def test_jacobian_sam_follows_its_equation(x64):
     sharp = jax.jit(
-        sam_optax.functional_sam(model_fn, loss_fn, sam_optax.sam(0.4)), static_argnums=()
+        sam_optax.jacobian_sam(model_fn, loss_fn, sam_optax.sam(0.4)), static_argnums=()
     )
     w = PARAMS
     for seed in range(4):
@@ -196,14 +196,14 @@ def test_functional_sam_follows_its_equation(x64):
         w = fam.add(w, -0.1, jax.tree.map(np.asarray, grads))
 
 
-def test_functional_sam_of_any_method_and_of_groups(x64):
+def test_jacobian_sam_of_any_method_and_of_groups(x64):
     """GSAM's descent sees it, and each group of examples has its own."""
-    sharp = sam_optax.functional_sam(model_fn, loss_fn, sam_optax.gsam(0.4, alpha=0.3))
+    sharp = sam_optax.jacobian_sam(model_fn, loss_fn, sam_optax.gsam(0.4, alpha=0.3))
     g = ref.gradient(PARAMS, BATCH)
     g_s = numpy_functional(PARAMS, BATCH, fam.scaled(0.4, fam.unit(g)))
     assert_close(sharp(PARAMS, *BATCH)[1], fam.add(g_s, -0.3, fam.orthogonal(g, g_s)))
 
-    sharp = sam_optax.functional_sam(model_fn, loss_fn, sam_optax.sam(0.4), microbatch_size=4)
+    sharp = sam_optax.jacobian_sam(model_fn, loss_fn, sam_optax.sam(0.4), microbatch_size=4)
     halves = [tuple(a[i : i + 4] for a in BATCH) for i in (0, 4)]
     parts = [
         numpy_functional(PARAMS, h, fam.scaled(0.4, fam.unit(ref.gradient(PARAMS, h))))
@@ -214,22 +214,22 @@ def test_functional_sam_of_any_method_and_of_groups(x64):
     )
 
 
-def test_functional_sam_of_a_linear_model_is_the_plain_gradient(x64):
+def test_jacobian_sam_of_a_linear_model_is_the_plain_gradient(x64):
     w, x, y = PARAMS["b1"], BATCH[0] @ np.ones((3, 4)), BATCH[1]
     linear = lambda w, x: x @ w
-    _, grads = sam_optax.functional_sam(linear, loss_fn, sam_optax.sam(0.7))(w, x, y)
+    _, grads = sam_optax.jacobian_sam(linear, loss_fn, sam_optax.sam(0.7))(w, x, y)
     assert_close(grads, jax.grad(lambda w: loss_fn(linear(w, x), y))(w))
 
 
 def test_functional_gradients_of_complex_parameters(x64):
     z, x = jnp.array([1.0 + 2.0j, -1.0j]), jnp.array([[1.0, 2.0], [0.5, -1.0]])
     model, loss = lambda z, x: x @ z**2, lambda f: jnp.sum(jnp.abs(f) ** 4)
-    at = sam_optax.functional_grad_fn(model, loss)(z, x)
+    at = sam_optax.jacobian_grad_fn(model, loss)(z, x)
     clean = jax.grad(lambda z: loss(model(z, x)))(z)
     assert_close(at(z), jnp.conj(clean))
     direction = jnp.conj(clean)
     e = 0.3 * direction / jnp.linalg.norm(direction)
-    _, grads = sam_optax.functional_sam(model, loss, sam_optax.sam(0.3))(z, x)
+    _, grads = sam_optax.jacobian_sam(model, loss, sam_optax.sam(0.3))(z, x)
     assert_close(jnp.conj(grads), at(z + e))
 
 
@@ -286,7 +286,7 @@ def test_sharing_is_a_chain(x64):
         sam_optax.sharing(method, optax.sgd)
 
 
-@pytest.mark.parametrize("name", ["polyak_sam", "keep_loss", "functional_sam", "gsam, both"])
+@pytest.mark.parametrize("name", ["polyak_sam", "keep_loss", "jacobian_sam", "gsam, both"])
 @pytest.mark.usefixtures("optimised")
 def test_losses_and_clean_gradients_of_a_point_visited_anyway_are_free(name):
     """XLA finds them there: two gradients are paid for."""
@@ -306,7 +306,7 @@ def test_losses_and_clean_gradients_of_a_point_visited_anyway_are_free(name):
     step = {
         "polyak_sam": sam_optax.grad(loss, sam_optax.polyak_sam()),
         "keep_loss": kept,
-        "functional_sam": sam_optax.functional_sam(model, lambda f: jnp.mean(f**2)),
+        "jacobian_sam": sam_optax.jacobian_sam(model, lambda f: jnp.mean(f**2)),
         "gsam, both": sam_optax.grad(loss, sam_optax.gsam(), extra_args=both),
     }[name]
     flops = lambda f, *args: jax.jit(f).lower(*args).compile().cost_analysis()["flops"]

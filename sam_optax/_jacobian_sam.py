@@ -1,4 +1,4 @@
-"""Functional-SAM (Singh et al., 2025): the Jacobian moves, the loss's own gradient stays."""
+"""SAM with model and loss apart: the Jacobian moves, the loss's own gradient stays."""
 
 from collections.abc import Callable
 from typing import Any, Unpack
@@ -12,14 +12,13 @@ from sam_optax._functional import value_and_grad
 from sam_optax._types import GradFn
 
 
-def functional_grad_fn(
+def jacobian_grad_fn(
     model_fn: Callable[..., Any], loss_fn: Callable[..., jax.Array]
 ) -> Callable[..., GradFn]:
     r"""A gradient whose Jacobian is taken elsewhere, and whose loss gradient stays at params.
 
-    What Functional-SAM descends along. Give it to the update of any method in
-    a chain as descent_grad_fn; `functional_sam` does so for methods without
-    memory.
+    What `jacobian_sam` descends along. Give it to the update of any method in
+    a chain as descent_grad_fn; the door does so for methods without memory.
 
         v -> J_F(v)^T grad_F L(F(w)),  F(v) = model_fn(v, x)
 
@@ -39,7 +38,7 @@ def functional_grad_fn(
       >>> model_fn, loss_fn = lambda w, x: x @ w**2, lambda f, y: jnp.sum((f - y) ** 2)
       >>> whole = lambda w, x, y: loss_fn(model_fn(w, x), y)
       >>> evaluate = sam_optax.value_and_grad_fn(whole)
-      >>> of_function = sam_optax.functional_grad_fn(model_fn, loss_fn)
+      >>> of_function = sam_optax.jacobian_grad_fn(model_fn, loss_fn)
       >>> tx = optax.chain(sam_optax.vasso(rho=0.5), optax.sgd(0.1))
       >>> w, batch = jnp.array([1.0, 2.0]), (jnp.eye(2), jnp.zeros(2))
       >>> loss, grads, grad_fn = evaluate(w, *batch)
@@ -49,7 +48,7 @@ def functional_grad_fn(
       [-0.42 -3.99]
 
     References:
-      As for `functional_sam`.
+      As for `jacobian_sam`.
 
     Note:
       A gradient evaluation at each point, beside the clean one.
@@ -67,17 +66,16 @@ def functional_grad_fn(
     return at
 
 
-def functional_sam(
+def jacobian_sam(
     model_fn: Callable[..., Any],
     loss_fn: Callable[..., jax.Array],
     transform: optax.GradientTransformation = sam(),
     **options: Unpack[_doors.GroupOptions],
 ) -> Callable[..., Any]:
-    r"""Functional-SAM: like `value_and_grad`, with model and loss apart.
+    r"""SAM's perturbation of the Jacobian alone: like `value_and_grad`, model and loss apart.
 
     Regularises the function that the network is, and not the logits, which SAM
-    can flatten without any gain. Reported to help language models where SAM
-    hurts.
+    can flatten without any gain. For study, of language models above all.
 
         e = transform's ascent, by default rho g/||g||;
         grads = J_F(w + e)^T grad_F L(F(w)),  F(w) = model_fn(w, x)
@@ -87,7 +85,7 @@ def functional_sam(
       loss_fn: loss_fn(outputs, *rest) returns a scalar.
       transform: a method without state, `sam()` by default; what it calls the
         perturbed gradient is the one above. `asam(0.5)` and `gsam(0.05)` have
-        functional forms likewise. In a chain use `functional_grad_fn`.
+        functional forms likewise. In a chain use `jacobian_grad_fn`.
       **options: axis_name, microbatch_size and the other options of
         `value_and_grad` about groups, and allow_int.
 
@@ -100,22 +98,23 @@ def functional_sam(
     Example:
       >>> import jax.numpy as jnp, sam_optax
       >>> model_fn, loss_fn = lambda w, x: x @ w**2, lambda f, y: jnp.sum((f - y) ** 2)
-      >>> sharp = sam_optax.functional_sam(model_fn, loss_fn, sam_optax.sam(rho=0.5))
+      >>> sharp = sam_optax.jacobian_sam(model_fn, loss_fn, sam_optax.sam(rho=0.5))
       >>> loss, grads = sharp(jnp.array([1.0, 2.0]), jnp.eye(2), jnp.zeros(2))
       >>> print(loss, grads.round(2))  # jax.grad would give [4. 32.], SAM [4.77 61.83]
       17.0 [ 4.25 39.94]
 
     References:
-      Singh et al., `Avoiding spurious sharpness minimization broadens
-      applicability of SAM <https://arxiv.org/abs/2502.02407>`_, 2025. No code
-      of the authors was found; the equation is that of two descriptions and two
-      reimplementations by others, which agree.
+      None of its own. Two descriptions and two reimplementations by others call
+      this Functional-SAM, after Singh et al., `Avoiding spurious sharpness
+      minimization broadens applicability of SAM <https://arxiv.org/abs/2502.02407>`_,
+      2025. Of that paper only abstract and introduction could be read here and no
+      code of the authors was found, so it does not carry the paper's name.
 
     Note:
       Two gradient evaluations and one copy of the parameters. The loss is
       differentiated with respect to outputs once more, which costs little.
     """
-    of_function = functional_grad_fn(model_fn, loss_fn)
+    of_function = jacobian_grad_fn(model_fn, loss_fn)
 
     def loss(params: optax.Params, x: Any, *rest: Any) -> jax.Array:
         return loss_fn(model_fn(params, x), *rest)

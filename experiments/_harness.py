@@ -137,6 +137,7 @@ class Study:
         self._used: dict[str, dict[str, Any]] = {}
         self._inherited: set[str] = set()  # runs of before that nobody asked for yet
         self._claims: list[dict[str, str]] = []
+        self._pages: dict[str, list[list[str]]] = {}
         self.out.mkdir(parents=True, exist_ok=True)
         if log or not args.fresh:  # --fresh is of the script that the log belongs to
             self._read_log()
@@ -352,6 +353,10 @@ class Study:
         self._bar.clear()
         print(f"\nClaim {claim}: {verdict}. {measured}.")
 
+    def page(self, title: str, cells: Sequence[Sequence[str]]) -> None:
+        """Keeps a table, its header first, for the pages that benchmarks/quote.py writes."""
+        self._pages[title] = [list(map(str, line)) for line in cells]
+
     def save(self, figure: matplotlib.figure.Figure, part: str = "") -> Path:
         """Saves a figure: of the whole, or of a part of it with a name of its own."""
         name = f"{self.name}{'_' * bool(part)}{part}{'_quick' if self.quick else ''}"
@@ -375,7 +380,12 @@ class Study:
             **self.circumstances,
             "seconds": round(time.perf_counter() - self._begin + self._before, 1),
             "claims": self._claims,
+            "pages": self._pages,
         }
+        if self._pages:  # what a page quotes, without the runs, is small enough to be committed
+            quoted = {**self.circumstances, "seconds": record["seconds"], "pages": self._pages}
+            stem = f"{self.name}_pages{'_quick' * self.quick}"
+            (self.out / f"{stem}.json").write_text(json.dumps(quoted, indent=1))
         runs = list(self._used.values())
         (self.out / f"{name}.json").write_text(json.dumps({**record, "runs": runs}, indent=1))
         if self.quick:

@@ -134,49 +134,81 @@ def forgotten(runs: dict[str, list[Result]]) -> tuple[dict[str, list[float]], fl
 # What comes of it ---------------------------------------------------------------
 
 
+def values_of(found: dict[str, list[Result]], measure: str, name: str) -> np.ndarray:
+    return np.array([MEASURES[measure][1](run) for run in found[name]])
+
+
 def tested(found: dict[str, list[Result]], measure: str, name: str) -> tuple[float, float]:
     """p of Welch's and of the paired test of an arm against the base."""
-    value = MEASURES[measure][1]
-    runs = {n: [run | {measure: value(run)} for run in found[n]] for n in (BASE.name, name)}
-    own, base = ([run[measure] for run in runs[n]] for n in (name, BASE.name))
-    return welch(own, base), paired(*(by_split(runs[n], measure) for n in (name, BASE.name)))
+    both = {n: values_of(found, measure, n) for n in (name, BASE.name)}
+    runs = {
+        n: [run | {measure: value} for run, value in zip(found[n], values, strict=True)]
+        for n, values in both.items()
+    }
+    return welch(*both.values()), paired(*(by_split(of, measure) for of in runs.values()))
 
 
-def claims(study: Study, results: dict[str, dict[str, list[Result]]], forgot: Any) -> None:
-    names = list(next(iter(results.values())))[1:]
-    for measure, (words, value) in MEASURES.items():
-        for name in names:
-            p = [tested(found, measure, name) for found in results.values()]
-            corrected = list(zip(*(holm(side) for side in zip(*p, strict=True)), strict=True))
-            better, worse, parts = 0, 0, []
-            for (task, found), (a, b) in zip(results.items(), corrected, strict=True):
-                base, own = (np.array([value(r) for r in found[n]]) for n in (BASE.name, name))
-                told = max(a, b) < SIGNIFICANT
-                better += told and own.mean() < base.mean()
-                worse += told and own.mean() > base.mean()
-                parts.append(f"{task}: base {spread(base, 1)}, {name} {spread(own, 1)} "
-                             f"(p = {a:.1g} Welch, {b:.1g} paired)")  # fmt: skip
-            study.claim(
-                f"After training, {words}: {name}",
-                published="SAM is more robust (2605.02105); leads: always in SAM's favour",
-                verdict=f"better on {better} of {len(p)} tasks, worse on {worse}",
-                measured="; ".join(parts),
-            )
-    parts, answers = [], []
+def answers(results: dict[str, dict[str, list[Result]]], measure: str, name: str) -> list[str]:
+    """For every task "better", "worse" or "", both tests corrected for the tasks."""
+    p = [tested(found, measure, name) for found in results.values()]
+    corrected = zip(*(holm(side) for side in zip(*p, strict=True)), strict=True)
+    told = []
+    for found, both in zip(results.values(), corrected, strict=True):
+        rise = values_of(found, measure, name).mean() - values_of(found, measure, BASE.name).mean()
+        told.append(("better" if rise < 0 else "worse") if max(both) < SIGNIFICANT else "")
+    return told
+
+
+def claims(study: Study, results: dict[str, dict[str, list[Result]]]) -> None:
+    """A claim and a table for each measure, and one table that counts the answers."""
+    base, *names = next(iter(results.values()))
+    whole = [["better and worse than the base", *names]]
+    for measure, (words, _) in MEASURES.items():
+        told = {name: answers(results, measure, name) for name in names}
+        counts = {n: f"{of.count('better')} and {of.count('worse')}" for n, of in told.items()}
+        whole.append([f"{words}, of {len(results)} tasks", *counts.values()])
+        lines = [["", base, *names]]
+        for place, (task, found) in enumerate(results.items()):
+            cells = [spread(values_of(found, measure, name), 1) for name in found]
+            marks = ["", *(f" ({of[place]})" if of[place] else "" for of in told.values())]
+            lines.append([task, *map(str.__add__, cells, marks)])
+        study.page(f"After training: {words}", lines)
+        middle = lambda name, measure=measure: np.median(
+            [values_of(found, measure, name).mean() for found in results.values()]
+        )
+        study.claim(
+            f"After training, {words}",
+            published="SAM is more robust (2605.02105); leads: always in SAM's favour",
+            verdict=f"better and worse, of {len(results)} tasks: "
+            + "; ".join(f"{name} {count}" for name, count in counts.items()),
+            measured="median over the tasks: "
+            + ", ".join(f"{name} {middle(name):.1f}" for name in (base, *names)),
+        )
+    study.page("After training", whole)
+
+
+def claim_forgetting(study: Study, forgot: dict[str, Any]) -> None:
+    lines, told = [["", "others learned to", *(method.name for method in COMPARED)]], []
     for task, (rises, level) in forgot.items():
-        others = [name for name in rises if name != BASE.name]
-        p = holm([welch(rises[name], rises[BASE.name]) for name in others])
+        base, *others = rises
+        p = holm([welch(rises[name], rises[base]) for name in others])
+        cells = [spread(rises[base], 1)]
         for name, value in zip(others, p, strict=True):
-            less = np.mean(rises[name]) < np.mean(rises[BASE.name])
-            answers.append(("less" if less else "more") if value < SIGNIFICANT else "as much")
-            parts.append(f"{task} (others at {level:.1f} %): base {spread(rises[BASE.name], 1)}, "
-                         f"{name} {spread(rises[name], 1)} (p = {value:.1g})")  # fmt: skip
+            less = np.mean(rises[name]) < np.mean(rises[base])
+            told.append(("less" if less else "more") if value < SIGNIFICANT else "as much")
+            cells.append(f"{spread(rises[name], 1)} ({told[-1]}, p = {value:.1g})")
+        lines.append([task, f"{level:.1f} %", *cells])
+    study.page("Forgetting", lines)
     study.claim(
         "After training, forgetting: the rise of the error on the first classes",
         published="SAM forgets less (2605.02105)",
-        verdict=f"less in {answers.count('less')}, more in {answers.count('more')} "
-        f"of {len(answers)} comparisons",
-        measured="; ".join(parts),
+        verdict=f"less in {told.count('less')}, more in {told.count('more')} "
+        f"of {len(told)} comparisons",
+        measured="; ".join(
+            f"{task} (others at {level}): "
+            + ", ".join(map(" ".join, zip(lines[0][2:], cells, strict=True)))
+            for task, level, *cells in lines[1:]
+        ),
     )
 
 
@@ -238,7 +270,8 @@ def main(argv=None):
             for arm, runs in found.items()
         ]
         study.table(name, ["", "error %", "4 bits", "3 bits", "noisy", "ECE"], lines)
-    claims(study, results, forgot)
+    claims(study, results)
+    claim_forgetting(study, forgot)
     return study.finish(draw(results, forgot))
 
 

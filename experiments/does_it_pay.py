@@ -110,9 +110,8 @@ def main(argv=None):
     quick = "_quick" * study.quick
     (study.out / f"does_it_pay_curves{quick}.json").write_text(json.dumps(curves_of(results)))
     lines = cells(results, ahead[0].trials)
-    pages = {"Does it pay?": [line[:4] + line[5:6] for line in lines], "Does it pay, all": lines}
-    record = {**study.circumstances, "pages": pages}
-    (study.out / f"does_it_pay_pages{quick}.json").write_text(json.dumps(record, indent=1))
+    study.page("Does it pay?", [line[:4] + line[5:6] for line in lines])
+    study.page("Does it pay, all", lines)
     text, name = markdown(lines), f"does_it_pay{quick}.md"
     (study.out / name).write_text(text)
     print(f"\n{text}\nTable: {study.out / name}")

@@ -184,6 +184,12 @@ def main(argv=None):
         ]
         header = ["", "test error %", "of SAM's gain", "p against the base", "rho found"]
         study.table(trials.name, header, lines)
+    header = ["", "base", "SAM, rho tuned", *(rule.name for rule in RULES)]
+    study.page("rho without a grid", [header, *(
+        [name, f"{base_name(trials.task)} {rows[BASE.name].told(1)}",
+         *(rows[m.name].told(1) for m in (SAM, *RULES))]
+        for name, (trials, rows) in results.items()
+    )])  # fmt: skip
     gained = {name: rows for name, (_, rows) in results.items() if gains(rows)}
     for rule in RULES:
         shares = {name: share(rows, rule.name) for name, rows in gained.items()}

@@ -4,8 +4,8 @@
     python experiments/run_all.py p_norm m_sharpness   # some
     python experiments/run_all.py --quick              # digits, tiny grids, for CI
 
-Writes OUT/claims.md, OUT/claims.json and OUT/RESULTS.md; RESULTS.md beside this file is a copy of
-the last. An interrupted run, started again, goes on where it stopped. Claims 1 to 4 at their
+Writes OUT/claims.md, OUT/claims.json and OUT/RESULTS.md, from which RESULTS.md beside this file has
+its tables. An interrupted run, started again, goes on where it stopped. Claims 1 to 4 at their
 published size (ImageNet, Wide ResNets on CIFAR) need data and machines of their own: their rows
 point at examples/image_classification.py, which has the settings for CIFAR; ImageNet is left out.
 """
@@ -49,16 +49,22 @@ ELSEWHERE = [  # claim, published, command
 ]
 
 
-def markdown(rows):
-    """Rows of (claim, claimed, measured here, verdict, seconds, command)."""
-    header = ("claim", "claimed", "measured here", "verdict", "seconds", "command")
+CLAIM = ("claim", "claimed", "measured here", "verdict", "seconds", "command")
+
+
+def markdown(lines):
+    """A table, its header first."""
+    header, *rows = lines
     lines = [header, ("---",) * len(header), *rows]
     clean = lambda cell: str(cell).replace("|", "\\|").replace("\n", " ")
     return "".join(f"| {' | '.join(map(clean, line))} |\n" for line in lines)
 
 
-def results(records, claims, pays):
-    """The page of results: when and where, does it pay, what was fixed beforehand, all claims."""
+BRIEF = "Does it pay?"  # README's table: the page has all of its columns
+
+
+def results(records, claims):
+    """The page of results: when and where, the tables of the experiments, all claims."""
     first = records[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     minutes = sum(record["seconds"] for record in records) / 60
@@ -68,15 +74,17 @@ def results(records, claims, pays):
         f"cores, {first['device']}, {versions}. {minutes:.0f} minutes of work. Errors are means "
         "and standard deviations over fresh seeds.",
     ]
-    if pays:
-        lines += [
-            "## Does it pay?",
-            "Test errors at equal tuning and equal compute; p of Welch's test over runs and of a "
-            "paired test over splits, corrected (Holm) for all rows. What was looked at before, "
-            "what was fixed beforehand and what was changed after a test error was seen: "
-            "[PREREGISTERED.md](PREREGISTERED.md).",
-            pays.strip(),
-        ]
+    tables = {title: cells for record in records for title, cells in record["pages"].items()}
+    tables.pop(BRIEF, None)
+    if tables:
+        lines.append(
+            "Tables at equal tuning and equal compute; p-values, and better and worse, are by "
+            "Welch's test over runs and a paired test over splits, corrected (Holm). What was "
+            "looked at before, what was fixed beforehand and what was changed after a test error "
+            "was seen: [PREREGISTERED.md](PREREGISTERED.md)."
+        )
+    for title, cells in tables.items():
+        lines += [f"## {title}", markdown(cells).strip()]
     lines += ["## Claims", "p is Welch's, not corrected unless it says so.", claims.strip()]
     return "\n\n".join(lines) + "\n"
 
@@ -109,12 +117,9 @@ def main(argv=None):
     ]
     rows += [(claim, told, "-", "not tested here", "-", how) for claim, told, how in ELSEWHERE]
     rows.sort(key=lambda row: int(re.match(r"\d*", row[0]).group() or 99))  # others at the end
-    table, stem = markdown(rows), "claims_quick" if args.quick else "claims"
+    table, stem = markdown([CLAIM, *rows]), "claims_quick" if args.quick else "claims"
     (args.out / f"{stem}.md").write_text(table)
-    quick = "_quick" * args.quick
-    pays = args.out / f"{FIRST}{quick}.md"
-    pays = pays.read_text() if FIRST in names and pays.exists() else ""
-    (args.out / f"RESULTS{quick}.md").write_text(results(records, table, pays))
+    (args.out / f"RESULTS{'_quick' * args.quick}.md").write_text(results(records, table))
     (args.out / f"{stem}.json").write_text(json.dumps(records, indent=1))
     print(f"\n{table}\n{time.perf_counter() - begin:.0f} s in all. Table: {args.out / stem}.md")
     return records

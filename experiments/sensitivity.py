@@ -74,6 +74,7 @@ def main(argv=None):
                      + (f", cliff at rho {edge:g}" if edge else ""))  # fmt: skip
     header = ["", "best %", "lr", "rho", "weight decay", "within a point", "cliff, rho"]
     study.table(f"{trials.name}: the good region", header, lines)
+    study.page("Sensitivity", [header, *lines])
     widest = max(found, key=lambda m: np.mean(found[m] <= found[m].min() + GOOD))
     study.claim(
         "Sensitivity: how wide the good region of SAM and ASAM is",

@@ -473,6 +473,23 @@ def test_halves_of_the_classes():
     assert len(old.train[0]) + len(new.train[0]) == 60
 
 
+def test_answers_after_training_are_corrected_for_the_tasks():
+    after, rng = module("after_training"), np.random.default_rng(0)
+
+    def runs(mean):
+        rise = mean + 0.5 * rng.normal(size=12)
+        return [{"error": 7.0, "bits3": 7.0 + r, "split": i % 6} for i, r in enumerate(rise)]
+
+    tasks = {"low": (9.0, 3.0), "same": (5.0, 5.0), "high": (3.0, 9.0)}
+    results = {name: {"base": runs(a), "SAM": runs(b)} for name, (a, b) in tasks.items()}
+    assert after.answers(results, "bits3", "SAM") == ["better", "", "worse"]
+    # The same two samples among a hundred: Holm's correction takes them back.
+    barely = {"base": runs(5.0), "SAM": runs(4.3)}
+    assert after.answers({"one": barely}, "bits3", "SAM") == ["better"]
+    crowd = {str(k): {"base": runs(5.0), "SAM": runs(5.0)} for k in range(99)}
+    assert after.answers({"one": barely} | crowd, "bits3", "SAM")[0] == ""
+
+
 # rho without a grid
 
 
@@ -573,8 +590,16 @@ def test_bad_arguments(tmp_path, arguments, message):
 def test_the_page_of_results_has_all_tables():
     run_all = module("run_all")
     record = {"date": "2026-01-02T00:00", "cores": 2, "device": "1 x cpu", "seconds": 90.0}
-    found = run_all.results([record | {"versions": {"jax": "1"}}] * 2, "| claim |", "| pays |")
-    assert all(part in found for part in ("2026-01-02", "3 minutes", "| claim |", "| pays |"))
+    tables = {"versions": {"jax": "1"}, "pages": {"Rules": [["rule", "error"], ["none", "7.1"]]}}
+    found = run_all.results([record | tables] * 2, "| claim |")
+    parts = (
+        "2026-01-02",
+        "3 minutes",
+        "| claim |",
+        "## Rules\n\n| rule | error |",
+        "| none | 7.1 |",
+    )
+    assert all(part in found for part in parts)
     assert "PREREGISTERED" in found and (FOLDER / "PREREGISTERED.md").exists()
     # The scripts that share the log of another run after it.
     after = run_all.NAMES.index(run_all.FIRST)

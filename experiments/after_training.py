@@ -149,11 +149,18 @@ def tested(found: dict[str, list[Result]], measure: str, name: str) -> tuple[flo
 
 
 def answers(results: dict[str, dict[str, list[Result]]], measure: str, name: str) -> list[str]:
-    """For every task "better", "worse" or "", both tests corrected for the tasks."""
+    """For every task "better", "worse" or "", both tests corrected for the tasks.
+
+    "broke down" where the networks are good for nothing: they have nothing to lose.
+    """
     p = [tested(found, measure, name) for found in results.values()]
     corrected = zip(*(holm(side) for side in zip(*p, strict=True)), strict=True)
     told = []
     for found, both in zip(results.values(), corrected, strict=True):
+        own, base = (np.median([run["error"] for run in found[n]]) for n in (name, BASE.name))
+        if own > BROKEN * base:
+            told.append("broke down")
+            continue
         rise = values_of(found, measure, name).mean() - values_of(found, measure, BASE.name).mean()
         told.append(("better" if rise < 0 else "worse") if max(both) < SIGNIFICANT else "")
     return told

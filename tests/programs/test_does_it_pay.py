@@ -483,6 +483,9 @@ def test_answers_after_training_are_corrected_for_the_tasks():
     tasks = {"low": (9.0, 3.0), "same": (5.0, 5.0), "high": (3.0, 9.0)}
     results = {name: {"base": runs(a), "SAM": runs(b)} for name, (a, b) in tasks.items()}
     assert after.answers(results, "bits3", "SAM") == ["better", "", "worse"]
+    useless = [run | {"error": 89.0, "bits3": 89.0} for run in runs(0.0)]
+    results["low"]["SAM"] = useless  # has nothing to lose
+    assert after.answers(results, "bits3", "SAM") == ["broke down", "", "worse"]
     # The same two samples among a hundred: Holm's correction takes them back.
     barely = {"base": runs(5.0), "SAM": runs(4.3)}
     assert after.answers({"one": barely}, "bits3", "SAM") == ["better"]

@@ -3,8 +3,8 @@
     python experiments/sensitivity.py
 
 The MLP with 40 % wrong labels; every training has the same number of steps, one seed. A figure of
-all errors, the share of the settings within a point of the method's best, and the cliff: the least
-rho above the best one at which the error is twice the best.
+all errors, the shares of the settings within a point of the method's best and as good as the best
+of the base, and the cliff: the least rho above the best one at which the error is twice the best.
 """
 
 import itertools
@@ -66,13 +66,15 @@ def main(argv=None):
         name = base_name(trials.task) if method is BASE else method.name
         _, radii, _ = axes_of(study, method)
         good, edge = np.mean(values <= values.min() + GOOD), cliff(radii, values)
+        equal = np.mean(values <= found[BASE].min())
         at = np.unravel_index(values.argmin(), values.shape)
         best = [axis[i] for axis, i in zip(axes_of(study, method), at, strict=True)]
         lines.append((name, f"{values.min():.1f}", *(f"{b:g}" for b in best), f"{good:.0%}",
-                      "-" if edge is None else f"{edge:g}"))  # fmt: skip
+                      f"{equal:.0%}", "-" if edge is None else f"{edge:g}"))  # fmt: skip
         words.append(f"{name}: best {values.min():.1f} %, {good:.0%} of the settings within a point"
                      + (f", cliff at rho {edge:g}" if edge else ""))  # fmt: skip
-    header = ["", "best %", "lr", "rho", "weight decay", "within a point", "cliff, rho"]
+    header = ["", "best %", "lr", "rho", "weight decay", "within a point"]
+    header += [f"as good as {base_name(trials.task)}'s best", "cliff, rho"]
     study.table(f"{trials.name}: the good region", header, lines)
     study.page("Sensitivity", [header, *lines])
     widest = max(found, key=lambda m: np.mean(found[m] <= found[m].min() + GOOD))

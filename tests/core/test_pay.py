@@ -205,13 +205,15 @@ def test_pays_finds_the_cadence_wherever_a_state_is_kept():
 def test_several_cadences_share_one_word():
     """Where they do not agree the step has to decide by itself; what stands still is not asked."""
     third, second = sam_optax.every(3), sam_optax.every(2)
-    word = lambda *methods: [said(optax.chain(*methods), t) for t in range(7)]
 
-    def said(tx, steps):
+    def word(*methods):
+        tx, said = optax.chain(*methods), []
+        step = jax.jit(lambda state: tx.update(PARAMS, state, PARAMS, grad_fn=lambda w: w)[1])
         state = tx.init(PARAMS)
-        for _ in range(steps):
-            _, state = tx.update(PARAMS, state, PARAMS, grad_fn=lambda w: w)
-        return sam_optax.pays(state)
+        for _ in range(7):
+            said.append(sam_optax.pays(state))
+            state = step(state)
+        return said
 
     side_by_side = word(sam_optax.cadenced(SAM, third), sam_optax.cadenced(SAM, second))
     assert side_by_side == [True, False, None, None, None, False, True]

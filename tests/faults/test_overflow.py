@@ -4,8 +4,6 @@ By hand: parameters and the whole optimizer state are kept where the final updat
 `optax.apply_if_finite` around the base optimizer: the method's own memory is then its own affair.
 """
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,13 +17,8 @@ PARAMS = {"w": jnp.cos(jnp.arange(12.0)).reshape(4, 3), "b": jnp.ones(3)}
 X = jnp.sin(jnp.arange(32.0)).reshape(8, 4)
 OPTIMIZERS = [n for n in WHOLE if sam_optax.FAMILY[n][0] == "optimizer"]
 LINKS = [n for n in WHOLE if n not in OPTIMIZERS]
-PASSES = [
-    ("clean",),
-    ("perturbed",),
-    ("clean", "perturbed"),
-]
-# A good step, then every kind of bad one at another step of any cadence, good ones between.
-RUN = [(), *itertools.chain.from_iterable(zip(PASSES, [()] * 3, PASSES, [()] * 3, strict=True)), ()]
+# Which passes of a step overflow; three in a row, as cadences look at some of the steps only.
+RUN = [(), ("clean",), ("perturbed",), ("clean", "perturbed"), ()]
 
 
 def loss_fn(params):
@@ -65,7 +58,7 @@ def test_kept_where_the_updates_are_not_finite(name):
             else:
                 skipped += 1
             assert all_finite(state), which
-    assert 0 < skipped <= 6
+    assert 0 < skipped <= 3
 
 
 @pytest.mark.parametrize("name", LINKS)
@@ -77,4 +70,4 @@ def test_apply_if_finite_around_the_base_optimizer(name):
         for which in RUN:
             params, state = step(tx, params, state, which)
             assert all_finite((params, state)), which
-    assert 0 < state[-1].total_notfinite <= 6
+    assert 0 < state[-1].total_notfinite <= 3

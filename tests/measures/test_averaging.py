@@ -192,13 +192,15 @@ def test_state_is_stable_under_jit_scan_vmap_and_donation(dtype):
     scanned, _ = jax.jit(
         lambda c: jax.lax.scan(lambda c, _: (step(*c), None), c, length=4), donate_argnums=0
     )((jax.tree.map(jnp.copy, params), tx.init(params)))  # as it comes: no buffer twice
-    assert_close(scanned, carry, rtol=2e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-5)
+    # XLA may round fewer of a program's results to bfloat16: half an ulp of the largest, 1/512.
+    close = {"rtol": 2e-2, "atol": 2e-3} if dtype == jnp.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    assert_close(scanned, carry, **close)
     two = jax.tree.map(lambda w: jnp.stack([w, w]), (params, state))
     batched = jax.jit(jax.vmap(step))
     for _ in range(4):
         two = batched(*two)
     one = jax.tree.map(lambda x: x[1], two)
-    assert_close(one, carry, rtol=2e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-5)
+    assert_close(one, carry, **close)
 
 
 def test_found_inside_any_optimizer_state():

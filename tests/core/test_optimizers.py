@@ -96,6 +96,7 @@ def loss_fn(params):
     return jnp.mean((jnp.tanh(X @ params["w"] + params["b"]) - 0.3) ** 2)
 
 
+@jax.jit
 def sharp_gradient(params, rho):
     grads = jax.grad(loss_fn)(params)
     e = jax.tree.map(lambda g: rho * g / optax.tree.norm(grads), grads)
@@ -118,7 +119,6 @@ def test_every_optimizer_follows_sam(factory):
         grads = jax.grad(loss_fn)(params)
         return tx.update(grads, state, params, value=loss_fn(params), grad=grads, **extra)
 
-    @jax.jit
     def alone(params, state):
         return optimizer.update(
             sharp_gradient(params, 0.1),
@@ -138,7 +138,7 @@ def test_every_optimizer_follows_sam(factory):
         )
         assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
         params = optax.apply_updates(params, updates)
-    assert chained._cache_size() <= 2 >= alone._cache_size()  # line searches compile twice
+    assert chained._cache_size() <= 2  # line searches compile twice
 
 
 def test_lookahead_through_the_functional_door():

@@ -94,6 +94,14 @@ def check_budgets(arms: Sequence[Arm], baseline: str) -> None:
             )
 
 
+def markdown(lines: Sequence[Sequence[Any]]) -> str:
+    """A table, its header first."""
+    header, *rows = lines
+    clean = lambda cell: str(cell).replace("|", "\\|").replace("\n", " ")
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(clean, line))} |\n" for line in lines)
+
+
 class Study:
     """One experiment: its options, log, tables and claims."""
 

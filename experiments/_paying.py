@@ -193,8 +193,3 @@ def cells(results: dict[str, tuple[Trials, dict[str, Row]]], budget: int) -> lis
             ]
         )
     return lines
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    header, *rest = lines
-    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *rest))

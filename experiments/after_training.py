@@ -166,6 +166,14 @@ def answers(results: dict[str, dict[str, list[Result]]], measure: str, name: str
     return told
 
 
+def rounded(results: dict[str, dict[str, list[Result]]]) -> list[list[str]]:
+    """Mean errors as trained, with 4 and with 3 bits, side by side."""
+    mean = lambda runs, key: f"{np.mean([run[key] for run in runs]):.1f}"
+    cell = lambda runs: " / ".join(mean(runs, key) for key in ("error", "bits4", "bits3"))
+    header = ["error %: as trained / 4 bits / 3 bits", *next(iter(results.values()))]
+    return [header, *([task, *map(cell, found.values())] for task, found in results.items())]
+
+
 def claims(study: Study, results: dict[str, dict[str, list[Result]]]) -> None:
     """A claim and a table for each measure, and one table that counts the answers."""
     base, *names = next(iter(results.values()))
@@ -277,6 +285,7 @@ def main(argv=None):
             for arm, runs in found.items()
         ]
         study.table(name, ["", "error %", "4 bits", "3 bits", "noisy", "ECE"], lines)
+    study.page("After training: errors", rounded(results))
     claims(study, results)
     claim_forgetting(study, forgot)
     return study.finish(draw(results, forgot))

@@ -22,8 +22,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from _harness import Study
-from _paying import cells, compare, curves_of, markdown, report
+from _harness import Study, markdown
+from _paying import cells, compare, curves_of, report
 from _paying_figures import draw, overview
 from _tasks.suite import TASKS, Source, load
 from _tasks.task import Task
@@ -110,7 +110,7 @@ def main(argv=None):
     quick = "_quick" * study.quick
     (study.out / f"does_it_pay_curves{quick}.json").write_text(json.dumps(curves_of(results)))
     lines = cells(results, ahead[0].trials)
-    study.page("Does it pay?", [line[:4] + line[5:6] for line in lines])
+    study.page("Does it pay?", [line[:6] + line[7:] for line in lines])
     study.page("Does it pay, all", lines)
     text, name = markdown(lines), f"does_it_pay{quick}.md"
     (study.out / name).write_text(text)

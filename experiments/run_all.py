@@ -4,10 +4,11 @@
     python experiments/run_all.py p_norm m_sharpness   # some
     python experiments/run_all.py --quick              # digits, tiny grids, for CI
 
-Writes OUT/claims.md, OUT/claims.json and OUT/RESULTS.md, from which RESULTS.md beside this file has
-its tables. An interrupted run, started again, goes on where it stopped. Claims 1 to 4 at their
-published size (ImageNet, Wide ResNets on CIFAR) need data and machines of their own: their rows
-point at examples/image_classification.py, which has the settings for CIFAR; ImageNet is left out.
+Writes OUT/claims.md, OUT/claims.json and OUT/RESULTS.md. RESULTS.md beside this file quotes the
+tables of OUT/NAME_pages.json, copied to results/NAME.json. An interrupted run, started again, goes
+on where it stopped. Claims 1 to 4 at their published size (ImageNet, Wide ResNets on CIFAR) need
+data and machines of their own: their rows point at examples/image_classification.py, which has the
+settings for CIFAR; ImageNet is left out.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import json
 import re
 import time
 from pathlib import Path
+
+from _harness import markdown
 
 HERE = Path(__file__).parent
 OTHERS = (Path(__file__).stem, "compare_methods")  # which tests no claim
@@ -50,16 +53,6 @@ ELSEWHERE = [  # claim, published, command
 
 
 CLAIM = ("claim", "claimed", "measured here", "verdict", "seconds", "command")
-
-
-def markdown(lines):
-    """A table, its header first."""
-    header, *rows = lines
-    lines = [header, ("---",) * len(header), *rows]
-    clean = lambda cell: str(cell).replace("|", "\\|").replace("\n", " ")
-    return "".join(f"| {' | '.join(map(clean, line))} |\n" for line in lines)
-
-
 BRIEF = "Does it pay?"  # README's table: the page has all of its columns
 
 

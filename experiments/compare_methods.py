@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ from _harness import Study
 PHASES = ("times", "steps", "gradients", "time", "report")
 QUICK = ("plain", "sam", "look_sam, k = 5")
 TURNS = 40  # of the timing; the median of 40 is known to about a fifth of the spread
-LANES = 4  # networks side by side
+GROUP = 4  # runs between two lines of the log
+WORKERS = min(2, os.cpu_count() or 1)  # programs at a time
 ALWAYS = ("plain", "sam")  # what the others are compared with
 
 
@@ -104,12 +106,19 @@ class Comparison:
             for setting, seed in points
         ]
 
+        lanes = self.task.lanes
+
+        def one(runs: list[Run]) -> list[float]:
+            return list(fit(self.task, name, steps, runs, lanes, on))
+
         def compute(group: list[dict[str, Any]]):
             runs = [Run(_methods.Setting(*key["setting"]), key["seed"]) for key in group]
-            for error in fit(self.task, name, steps, runs, LANES, on):
-                yield {"error": round(float(error), 4)}
+            programs = [runs[i : i + lanes] for i in range(0, len(runs), lanes)]
+            with ThreadPoolExecutor(WORKERS) as pool:
+                for errors in pool.map(one, programs):
+                    yield from ({"error": round(float(error), 4)} for error in errors)
 
-        return [result["error"] for result in self.study.collect(keys, compute, LANES)]
+        return [result["error"] for result in self.study.collect(keys, compute, GROUP)]
 
     def picture(self, picture: str) -> list[dict[str, Any]]:
         """A row for each method; SAM's and the plain one's first, for the others to be compared."""

@@ -27,6 +27,8 @@ class Problem(NamedTuple):
       methods: compared by default beside the plain optimizer and SAM; None for those that suit.
       rare: classes with few training examples.
       frozen: which parameters stay as they are: a tree of booleans, a prefix of theirs, or None.
+      lanes: networks that train in one program; 1 where products of batches of matrices are slow
+        on a CPU: then two programs run at a time.
     """
 
     title: str
@@ -45,3 +47,4 @@ class Problem(NamedTuple):
     methods: tuple[str, ...] | None = None
     rare: tuple[int, ...] = ()
     frozen: Any = None
+    lanes: int = 4

@@ -88,5 +88,5 @@ def _problem(title, texts, labels, length, decays, quick) -> Problem:
         *(title, model, *sets, 100, 1 if quick else 10, "adamw"),
         **{"lr": 0.004, "decays": decays, "rho": 0.1},
         **{"plain_lrs": (0.001, 0.002, 0.004), "plain_decays": (0.3, 1.0, 3.0)},
-        methods=CHEAP,
+        **{"methods": CHEAP, "lanes": 1},
     )

@@ -1,5 +1,6 @@
 """Statistics, tables and the figure of compare_methods.py."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,13 +37,15 @@ def interval(plain: Sequence[float], sam: Sequence[float], own: Sequence[float])
     """Of the share: percentiles over seeds drawn anew, in all three."""
     if np.isnan(share(plain, sam, own)):
         return [np.nan, np.nan]
-    drawn = scipy.stats.bootstrap(
-        *((plain, sam, own), share),
-        **{"paired": False, "vectorized": True, "n_resamples": RESAMPLES, "axis": -1},
-        **{"confidence_level": CONFIDENCE, "method": "percentile"},
-        random_state=np.random.default_rng(0),
-    )
-    # By hand, because a draw in which SAM gains nothing leaves the percentiles undefined.
+    # Percentiles by hand, because a draw in which SAM gains nothing leaves its own undefined.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
+        drawn = scipy.stats.bootstrap(
+            *((plain, sam, own), share),
+            **{"paired": False, "vectorized": True, "n_resamples": RESAMPLES, "axis": -1},
+            **{"confidence_level": CONFIDENCE, "method": "percentile"},
+            random_state=np.random.default_rng(0),
+        )
     outside = 50 * (1 - CONFIDENCE)
     found = np.nanpercentile(drawn.bootstrap_distribution, (outside, 100 - outside))
     return found.tolist()
@@ -73,7 +76,7 @@ def judged(rows: Rows) -> Rows:
     rest = [row for row in others if row is not sam]
     for row, p in zip(rest, holm([welch(r["errors"], sam["errors"]) for r in rest]), strict=True):
         row[AGAINST_SAM] = float(p)
-    gained = welch(sam["errors"], plain["errors"]) < SIGNIFICANT
+    gained = sam[AGAINST_PLAIN] < SIGNIFICANT
     for row in others:
         row["share"] = float("nan")
         if gained:

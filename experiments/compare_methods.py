@@ -23,6 +23,7 @@ Phases leave what they have in --out, run by run: started again, they do what is
 import argparse
 import json
 import os
+import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,6 +61,8 @@ class Comparison:
             raise SystemExit(f"--methods must be among {known}, got {sorted(unknown)}")
         self.names = [name for name in known if name in (*ALWAYS, *wanted)]
         suffix = "_quick" if study.quick else ""
+        chosen = f" --methods {shlex.join(args.methods)}" if args.methods else ""
+        self.command = f"python experiments/compare_methods.py --task {args.task}{chosen}"
         self.study, self.stem = study, study.out / f"{study.name}{suffix}"
         self.times_file = study.out / f"{study.name}_times{suffix}.json"
         self.steps = self.task.epochs * (len(self.task.train[1]) // self.task.batch)
@@ -148,7 +151,7 @@ class Comparison:
         record = {
             "name": self.study.name,
             "title": self.task.title,
-            "command": f"python experiments/compare_methods.py --task {self.task.name}",
+            "command": self.command,
             **{"seeds": self.study.seeds, **self.study.circumstances},
             **{"times": times, "pictures": rows, "pages": report.pages(rows, ratios)},
         }

@@ -154,48 +154,68 @@ def advice(rows: Rows, ratios: Ratios) -> str:
     return f"{goal}: {closest}."
 
 
-def frontier(rows: Rows, ratios: Ratios) -> list[str]:
-    """The methods that none beats in both cost and share."""
+def heights(rows: Rows) -> dict[str, np.ndarray]:
+    """What a method gains, and its interval: in % of SAM's gain, or else in points of error."""
+    plain = min((r for r in rows if r["method"] == "plain"), key=lambda row: row["mean"])
+    methods = [row for row in rows if row["method"] != "plain"]
+    if gains(rows):
+        return {r["method"]: 100 * np.array([r["share"], *r["share interval"]]) for r in methods}
+    found = {}
+    for row in methods:
+        less = scipy.stats.ttest_ind(plain["errors"], row["errors"], equal_var=False)
+        found[row["method"]] = np.array(
+            [plain["mean"] - row["mean"], *less.confidence_interval(CONFIDENCE)]
+        )
+    return found
+
+
+def frontier(rows: Rows, ratios: Ratios, height: dict[str, np.ndarray]) -> list[str]:
+    """The methods that none beats in both cost and gain."""
     best, names = -np.inf, []
     methods = [row for row in rows if not row["method"].startswith("plain")]
-    for row in sorted(methods, key=lambda row: (cost(row, ratios), -row["share"])):
-        if row["share"] > best:
-            best, names = row["share"], [*names, row["method"]]
+    for row in sorted(methods, key=lambda row: (cost(row, ratios), -height[row["method"]][0])):
+        if height[row["method"]][0] > best:
+            best, names = height[row["method"]][0], [*names, row["method"]]
     return names
 
 
 def draw(title: str, rows: Rows, ratios: Ratios, path: str) -> None:
-    """What a step costs against what it keeps; points have numbers, and names beside."""
+    """What a step costs against what it gains; points have numbers, and names beside."""
     plt.rcParams.update(STYLE)
     figure, (axis, names) = plt.subplots(
         1, 2, figsize=(11, 6), layout="constrained", width_ratios=(3.2, 1)
     )
-    rows = [row for row in rows if row["method"] != "plain" and not np.isnan(row["share"])]
-    rows.sort(key=lambda row: (cost(row, ratios), -row["share"]))
-    front, (limit, wanted) = frontier(rows, ratios), GOAL
-    low, high = -25, 150
-    axis.fill_between((LEFT, limit), 100 * wanted, high, color=GREEN, alpha=0.15, lw=0)
-    axis.text(1.01 * LEFT, high - 2, "the goal", color=GREEN, va="top", size=8)
-    for level, label in ((0, "plain optimizer"), (100, "SAM")):
+    height, (limit, wanted) = heights(rows), GOAL
+    levels = {0.0: "plain optimizer"}
+    if gains(rows):
+        low, high, unit = -25.0, 150.0, "%"
+        axis.set_ylabel("% of SAM's gain in test error, at equal steps")
+        axis.fill_between((LEFT, limit), 100 * wanted, high, color=GREEN, alpha=0.15, lw=0)
+        axis.text(1.01 * LEFT, high - 2, "the goal", color=GREEN, va="top", size=8)
+        levels[100.0] = "SAM"
+    else:  # no gain of SAM's to have a part of
+        every = np.nan_to_num(np.concatenate([*height.values(), [0.0]]))
+        low, high = np.array([every.min(), every.max()]) + 0.1 * np.ptp(every) * np.array([-1, 1])
+        unit = "points"
+        axis.set_ylabel("points of test error below the plain optimizer's, at equal steps")
+    rows = [row for row in rows if row["method"] != "plain"]
+    rows.sort(key=lambda row: (cost(row, ratios), -height[row["method"]][0]))
+    front = frontier(rows, ratios, height)
+    for level, label in levels.items():
         axis.axhline(level, color="0.5", lw=0.8, ls=":")
-        place = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-        axis.text(1, level, label, color="0.4", size=8, **place)
-    line = [(cost(row, ratios), 100 * row["share"]) for row in rows if row["method"] in front]
+        place = {"transform": axis.get_yaxis_transform(), "ha": "left", "va": "bottom"}
+        axis.text(0.005, level, label, color="0.4", size=8, **place)
+    line = [(cost(r, ratios), height[r["method"]][0]) for r in rows if r["method"] in front]
     axis.step(*np.reshape(line, (-1, 2)).T, where="post", color=BLUE, lw=1, alpha=0.4)
     names.set_axis_off()
     named = 0
     for number, row in enumerate(rows, 1):
-        x, y = cost(row, ratios), 100 * row["share"]
+        x, (y, *ends) = cost(row, ratios), height[row["method"]]
         at_front, is_sam = row["method"] in front, row["method"] == "sam"
         color = ORANGE if is_sam else BLUE if at_front else "0.45"
         big = at_front or is_sam
-        axis.vlines(
-            x,
-            *np.clip([100 * end for end in row["share interval"]], low, high),
-            color=color,
-            lw=1.2 if big else 0.6,
-            alpha=0.6,
-        )
+        width = 1.2 if big else 0.6
+        axis.vlines(x, *np.clip(ends, low, high), color=color, lw=width, alpha=0.6)
         marker, shown = "v" if y < low else "^" if y > high else "o", np.clip(y, low, high)
         axis.plot(x, shown, marker, color=color, ms=6 if big else 3.5)
         looks = {"color": color, "size": 8 if big else 6, "weight": "bold" if big else "normal"}
@@ -204,16 +224,16 @@ def draw(title: str, rows: Rows, ratios: Ratios, path: str) -> None:
         place = ((-5, (4, -11)[named % 2]), "right") if big else ((4, 1), "left")
         named += big
         axis.annotate(label, (x, shown), place[0], textcoords="offset points", ha=place[1], **looks)
-        text = f"{number:2}  {row['method']}  {x:.2f}, {y:.0f} %"
-        names.text(0, 1 - (number - 1) / len(rows), text, va="top", **looks | {"size": 6.5})
+        told = f"{y:.0f} %" if unit == "%" else f"{y:.2f}"
+        text = f"{number:2}  {row['method']}  {x:.2f}, {told}"
+        spot = 1 - (number - 1) / max(len(rows), 20)
+        names.text(0, spot, text, va="top", **looks | {"size": 6.5})
     measured = "measured" if ratios else "in gradients"
     axis.set(ylim=(low, high), xscale="log", xlim=(LEFT, None))
-    axis.set_xticks(TICKS, map(str, TICKS))
+    ticks = [tick for tick in TICKS if tick < 1.2 * cost(rows[-1], ratios)]
+    axis.set_xticks(ticks, map(str, ticks))
     axis.set_xticks([], minor=True)
-    axis.set(
-        xlabel=f"cost of a step over the plain optimizer's ({measured})",
-        ylabel="% of SAM's gain in test error, at equal steps",
-    )
+    axis.set_xlabel(f"cost of a step over the plain optimizer's ({measured})")
     axis.set_title("lines: 95 % intervals over seeds; blue: no other is cheaper and better", size=8)
     figure.suptitle(title, fontweight="bold")
     figure.savefig(path, dpi=150)

@@ -159,10 +159,9 @@ class Comparison:
             self.study.table(title, table[0], table[1:])
         if "steps" in rows:
             print("\n" + report.advice(rows["steps"], ratios))
-            if report.gains(rows["steps"]):
-                report.draw(self.task.title, rows["steps"], ratios, f"{self.stem}.png")
+            report.draw(self.task.title, rows["steps"], ratios, f"{self.stem}.png")
         Path(f"{self.stem}.json").write_text(json.dumps(record, indent=1))
-        print(f"\nTables, and a figure where SAM gains: {self.stem}.json, .png")
+        print(f"\nTables, figure: {self.stem}.json, .png")
 
 
 def main(argv: Any = None) -> None:

@@ -182,7 +182,7 @@ def test_shares_have_intervals_and_no_gain_has_no_share():
     half = [12.0, 12.1, 11.9, 12.0]
     plain, sam, row = report.judged(rows_of(half=half))
     assert sam["share"] == 1 and row["share"] == pytest.approx(0.5)
-    low, high = row["share interval"]
+    low, high = low_, high_ = row["share interval"]
     assert 0.35 < low < 0.5 < high < 0.65
     assert row["p against sam"] < 0.01 and "share" not in plain
     assert report.percent(row) == f"50 ({100 * low:.0f} to {100 * high:.0f})"
@@ -197,6 +197,11 @@ def test_shares_have_intervals_and_no_gain_has_no_share():
     told = report.judged(noise)[2]
     assert np.isnan(told["share"]) and report.percent(told) == "-"
     assert told["p against plain"] < 0.01
+    # The figure then says by how much a method is better, in points.
+    below, low, high = report.heights(noise)["half"]
+    assert below == pytest.approx(1.0) and 0.5 < low < below < high < 1.5
+    assert report.frontier(noise, {}, report.heights(noise)) == ["half"]
+    assert report.heights([plain, sam, row])["half"] == pytest.approx([50, 100 * low_, 100 * high_])
 
 
 def test_holm_is_the_textbooks():

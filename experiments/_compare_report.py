@@ -8,6 +8,8 @@ import _paths  # noqa: F401
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
+from _harness import SIGNIFICANT
+from _inference import holm
 from _report import BLUE, GREEN, ORANGE, STYLE, spread, welch
 
 Rows = list[dict[str, Any]]
@@ -15,7 +17,6 @@ Ratios = dict[str, list[float]]  # quartiles of a step's time over that of the p
 
 AGAINST_SAM, AGAINST_PLAIN = "p against sam", "p against plain"
 GOAL = (1.1, 0.9)  # of the plain step's time at most, of SAM's gain at least
-SIGNIFICANT = 0.05  # p of SAM against the plain optimizer above it: no gain to have a part of
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 LEFT, TICKS = 0.55, (1, 1.25, 1.5, 2, 3, 4, 6, 8, 10)  # of the figure's costs
@@ -49,15 +50,6 @@ def interval(plain: Sequence[float], sam: Sequence[float], own: Sequence[float])
     outside = 50 * (1 - CONFIDENCE)
     found = np.nanpercentile(drawn.bootstrap_distribution, (outside, 100 - outside))
     return found.tolist()
-
-
-def holm(p: Sequence[float]) -> np.ndarray:
-    """Corrected for as many comparisons as there are."""
-    order = np.argsort(p)
-    steps = np.asarray(p)[order] * np.arange(len(p), 0, -1)
-    corrected = np.empty(len(p))
-    corrected[order] = np.maximum.accumulate(steps).clip(max=1)
-    return corrected
 
 
 def judged(rows: Rows) -> Rows:

@@ -1,5 +1,6 @@
 """experiments/compare_methods.py: its methods, tasks, training, statistics and advice."""
 
+import dataclasses
 import importlib
 import json
 
@@ -205,7 +206,7 @@ def test_shares_have_intervals_and_no_gain_has_no_share():
 
 
 def test_holm_is_the_textbooks():
-    corrected = module("_compare_report").holm([0.01, 0.04, 0.03, 0.005])
+    corrected = module("_inference").holm([0.01, 0.04, 0.03, 0.005])
     np.testing.assert_allclose(corrected, [0.03, 0.06, 0.06, 0.02])
 
 
@@ -219,6 +220,25 @@ def test_the_advice_follows_from_the_rows():
     # Measured times count, where they are there.
     dear = report.advice(report.judged(rows_of(cheap=near)), {"cheap": [1.2, 1.3, 1.4]})
     assert "none" in dear and "cheap (1.30 of" in dear
+
+
+def test_one_network_a_program_gives_what_several_give(tmp_path, monkeypatch):
+    compare, tasks = module("compare_methods"), module("_tasks")
+    load, found = tasks.load, {}
+    for lanes in (4, 1):
+
+        def changed(*args, lanes=lanes):
+            task = load(*args)
+            return dataclasses.replace(task, problem=task.problem._replace(lanes=lanes))
+
+        monkeypatch.setattr(tasks, "load", changed)
+        folder = tmp_path / str(lanes)
+        compare.main(["--quick", "--out", str(folder), "--phase", "steps"])
+        log = (folder / "compare_digits_quick.jsonl").read_text().splitlines()[1:]
+        runs = map(json.loads, log)
+        found[lanes] = {json.dumps(run["key"]): run["result"]["error"] for run in runs}
+    assert len(set(found[1].values())) > 4
+    assert found[1] == pytest.approx(found[4], abs=1.0)  # rounding may move an example or two
 
 
 def test_a_report_counts_what_the_log_holds(tmp_path, capsys):

@@ -248,9 +248,11 @@ def test_a_report_counts_what_the_log_holds(tmp_path, capsys):
     compare.main([*options, "--phase", "steps", "gradients"])
     log = (tmp_path / "compare_digits_quick.jsonl").read_text()
     capsys.readouterr()
+    options += ["--methods", "look_sam, k = 5"]
     compare.main([*options, "--phase", "steps", "gradients", "report"])
     assert (tmp_path / "compare_digits_quick.jsonl").read_text() == log
     record = json.loads((tmp_path / "compare_digits_quick.json").read_text())
     assert set(record["pictures"]) == {"steps", "gradients"}
+    assert record["command"].endswith("--task digits --methods 'look_sam, k = 5'")
     assert record["pages"]["At equal steps"][0][0] == "method"
     assert {row["steps"] for row in record["pictures"]["steps"]} == {24}

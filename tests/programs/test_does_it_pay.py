@@ -255,6 +255,25 @@ def params_of(trained):
     return jax.tree.leaves(trained.params)
 
 
+def test_a_traced_dropout_rate():
+    """None at a rate of 0; else the entries that are kept make up for those that are not."""
+    import flax.linen as nn
+
+    class Dropped(nn.Module):
+        @nn.compact
+        def __call__(self, x, rate, train):
+            return module("_tasks.networks").drop(self, x, rate, train)
+
+    x, rngs = jnp.arange(1.0, 4001.0), {"dropout": jax.random.key(0)}
+    apply = jax.jit(Dropped().apply, static_argnames="train")
+    np.testing.assert_array_equal(apply({}, x, 0.0, train=True, rngs=rngs), x)
+    np.testing.assert_array_equal(apply({}, x, 0.25, train=False), x)
+    ratio = np.asarray(apply({}, x, 0.25, train=True, rngs=rngs) / x)
+    kept = ratio > 0
+    np.testing.assert_allclose(ratio[kept], 4 / 3, rtol=1e-6)
+    assert abs(kept.mean() - 0.75) < 0.03
+
+
 def test_fit_is_a_plain_loop(small):
     training = module("_training")
     x, y = blobs(0).train

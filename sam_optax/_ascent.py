@@ -161,6 +161,7 @@ def _dual(
         directions = [_signed_power(a, 1 / (order - 1)) for a in x]
         total = sum(jnp.sum((jnp.conj(a) * d).real) for a, d in zip(x, directions, strict=True))
         length = jnp.where(size == 0, 1, total) ** (1 / order)
+        size = size + 0 * total  # of a sharded v the largest entry may leave a NaN out
     # NaN if the size is not finite, which sign() would hide for p = inf; no NaN is written down
     # for a select to leave out, because jax.debug_nans would stop there.
     step = radius / length + 0 * size

@@ -105,9 +105,18 @@ def keep_if_nonfinite(gradient: Any, new: Any, old: Any) -> Any:
     A guard that skips a non-finite step leaves what stands before it in the
     chain as it is; an average would never forget the step.
     """
-    leaves = [x for x in jax.tree.leaves(gradient) if is_perturbable(x)]
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])) if leaves else True
+    finite = all_finite(gradient)
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+
+def all_finite(tree: Any) -> Any:
+    """Whether all entries that are perturbed are finite.
+
+    By their norm, which a step often has anyway and which is quicker on a CPU than
+    `jnp.isfinite` of each; over devices a maximum would not do, it may leave a NaN out.
+    """
+    leaves = [x for x in jax.tree.leaves(tree) if is_perturbable(x)]
+    return jnp.isfinite(factor_and_norm(leaves)[1]) if leaves else True
 
 
 def random_normal(key: jax.Array, tree: Any) -> Any:
@@ -124,7 +133,10 @@ def random_normal(key: jax.Array, tree: Any) -> Any:
 
 
 def largest(leaves: list[Any]) -> jax.Array:
-    """The largest modulus of any entry, in float32 or wider; NaN if there is one."""
+    """The largest modulus of any entry, in float32 or wider.
+
+    A NaN shows in it on one device; the maximum over devices may leave it out.
+    """
     return jnp.max(jnp.stack([jnp.max(jnp.abs(widened(x))) for x in leaves]))
 
 

@@ -54,7 +54,10 @@ def along_momentum() -> optax.GradientTransformationExtraArgs:
     Note:
       No gradient evaluation; the gradient given is not looked at.
     """
+    return _momentum_times(-1)
 
+
+def _momentum_times(sign: int) -> optax.GradientTransformationExtraArgs:
     def update(
         updates: optax.Updates,
         state: Any,
@@ -67,9 +70,24 @@ def along_momentum() -> optax.GradientTransformationExtraArgs:
         del params, extra_args
         states = {"descent": descent_state, "base": base_state}
         momentum = kept_by(("momentum", "trace", "mu"), states, updates)
-        return _numerics.map_wide(lambda g, v: -v, updates, momentum), state
+        return _numerics.map_wide(lambda g, v: sign * v, updates, momentum), state
 
     return transformation(lambda params: optax.EmptyState(), update)
+
+
+def _against_momentum(
+    ascent: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """`along_momentum` before an ascent that is odd, to the bit, with a pass less.
+
+    The sign is given to e and not to v: of -v XLA would make a copy for the norm.
+    """
+
+    def update(*args: Any, **extra_args: Any) -> tuple[optax.Updates, optax.OptState]:
+        e, state = ascent.update(*args, **extra_args)
+        return _numerics.map_wide(lambda x: -x, e), state
+
+    return optax.chain(_momentum_times(1), transformation(ascent.init, update))
 
 
 def keep_momentum(momentum: jax.typing.ArrayLike = 0.9) -> optax.GradientTransformationExtraArgs:
@@ -168,11 +186,11 @@ def momentum_sam(
     Note:
       One gradient evaluation: inside jit the gradients given are unused and
       never computed, but a loss that is logged at params still costs its
-      forward pass. One copy of the parameters in the state, and two passes over
-      it, which count where a gradient is cheap.
+      forward pass. One copy of the parameters in the state, and passes over it,
+      which count where a gradient is cheap.
     """
     ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
-    return sharpness_aware(optax.chain(along_momentum(), ascent), keep_momentum(momentum))
+    return sharpness_aware(_against_momentum(ascent), keep_momentum(momentum))
 
 
 def shared_momentum_sam(
@@ -235,4 +253,4 @@ def shared_momentum_sam(
       the momentum. A momentum that is not finite stays so, as it does in base.
     """
     ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
-    return sharing(sharpness_aware(optax.chain(along_momentum(), ascent)), base)
+    return sharing(sharpness_aware(_against_momentum(ascent)), base)

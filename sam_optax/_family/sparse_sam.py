@@ -80,7 +80,7 @@ def largest_entries(
             kept = _selection.rounded("round", total * (1 - sparsity))
             least = _selection.smallest(entries, total - jnp.maximum(kept, 1))
             # A step that a guard will skip must not spoil the mask.
-            finite = jnp.all(jnp.isfinite(jnp.stack([jnp.max(x) for x in entries])))
+            finite = _numerics.all_finite(updates)
             return jax.tree.map(
                 lambda s, m: m if s is None else jnp.where(finite, s >= least, m),
                 sizes,

@@ -169,6 +169,28 @@ def test_the_mask_of_a_bad_step_is_not_kept(bad):
     np.testing.assert_array_equal(last.mask["a"], [False, True, False, True])
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("place", [0, 5])
+def test_one_bad_entry_of_a_sharded_gradient_is_seen(bad, place):
+    """The maximum over devices may leave a NaN out, so that nothing may rest on it alone."""
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))
+    sharded = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("model")))
+    good = sharded(jnp.arange(1.0, 9.0))
+    grads = sharded(good.at[place].set(bad))
+    for p in (1, 1.5, 2, np.inf):
+        ascent = sam_optax.dual_ascent(0.1, p=p)
+        e, _ = jax.jit(ascent.update)(grads, ascent.init(good))
+        assert np.isnan(e).all(), p
+    keep = sam_optax.largest_entries(0.5, every=1)
+    _, before = jax.jit(keep.update)(good, keep.init(good))
+    _, after = jax.jit(keep.update)(grads, before)
+    np.testing.assert_array_equal(after.mask, before.mask)
+    average = sam_optax.running_average(0.9)
+    _, before = jax.jit(average.update)(good, average.init(good))
+    _, after = jax.jit(average.update)(grads, before)
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
 @pytest.mark.parametrize("where", ["a group", "a device"])
 def test_one_bad_group_of_several_is_seen_by_all(where):
     """The mean over groups is not finite, and a guard around the optimizer skips the step."""

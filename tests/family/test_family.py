@@ -331,6 +331,18 @@ def test_shared_momentum_sam_is_momentum_sam_before_its_base(x64, name):
     assert sizes(shared) == sizes(base) + 1  # the count of rho's schedule
 
 
+@pytest.mark.parametrize("p", [1, 1.5, 2, np.inf])
+def test_momentum_sam_is_its_rules_to_the_bit(p):
+    """It turns e where the filter turns the momentum."""
+    mask = {k: k != "w1" for k in PARAMS}
+    options = {"p": p, "normalization": sam_optax.elementwise(), "mask": mask}
+    ascent = optax.chain(sam_optax.along_momentum(), sam_optax.dual_ascent(0.3, **options))
+    rules = sam_optax.sharpness_aware(ascent, sam_optax.keep_momentum(0.9))
+    expected, at = run(rules)
+    path, points = run(sam_optax.momentum_sam(0.3, 0.9, **options))
+    jax.tree.map(np.testing.assert_array_equal, (path, points), (expected, at))
+
+
 def first_update(tx, params=PARAMS):
     return tx.update(params, tx.init(params), params, grad_fn=lambda w: w)
 

@@ -213,10 +213,29 @@ def inner(a: Any, b: Any) -> jax.Array:
     return jnp.sum(jnp.stack(products)) if products else jnp.zeros([], jnp.float32)
 
 
-def orthogonal_part(tree: Any, unit: Any) -> Any:
-    """The tree less its part along a unit vector, in float32 or wider."""
-    along = inner(tree, unit)
+def orthogonal_part(tree: Any, of: Any) -> Any:
+    """The tree less its part along another, in float32 or wider."""
+    trees = (jax.tree.leaves(tree), jax.tree.leaves(of))
+    pairs = [(x, y) for x, y in zip(*trees, strict=True) if is_perturbable(y)]
+    along = _along([x for x, _ in pairs], [y for _, y in pairs]) if pairs else 0
+    _, unit = norm_and_unit(of)
     return map_wide(lambda u, x: x - along * u, unit, tree)
+
+
+@jax.jit  # as `factor_and_norm`
+def _along(tree: list[Any], of: list[Any]) -> jax.Array:
+    """<v, b/|b|>: of the vectors themselves where they are ordinary, so that no unit is kept."""
+    (f_v, _), (f_b, norm) = factor_and_norm(tree), factor_and_norm(of)
+
+    def plain(tree: list[Any], of: list[Any]) -> jax.Array:
+        return inner(tree, of)
+
+    def careful(tree: list[Any], of: list[Any]) -> jax.Array:
+        scaled = lambda leaves, factor: [widened(x) * factor for x in leaves]
+        return inner(scaled(tree, f_v), scaled(of, f_b)) / f_v
+
+    product = jax.lax.cond((f_v == 1) & (f_b == 1), plain, careful, tree, of)
+    return product / nonzero(norm)
 
 
 def into_ball(tree: Any, radius: Any, p: float = 2) -> Any:

@@ -98,7 +98,7 @@ def toward_eigenvector(
         vector = jax.lax.cond(state.count % every == 0, refreshed, lambda v: v, state.vector)
         _, u = _numerics.norm_and_unit(updates)
         side = jnp.sign(_numerics.inner(updates, vector))
-        lean = _numerics.orthogonal_part(vector, u)
+        lean = _numerics.orthogonal_part(vector, updates)
         direction = _numerics.map_wide(lambda g, u, v: u + alpha * side * v, updates, u, lean)
         return direction, TowardEigenvectorState(optax.safe_increment(state.count), vector)
 

@@ -138,8 +138,7 @@ def gam(
         g3 = descent(beyond)
         A = _numerics.map_wide(lambda g1, g3: beta1 * g1 + (1 - beta1) * g3, g1, g3)
         M = _numerics.map_wide(lambda g2, g0: g0 + abs(1 - beta0) * g2, g2, updates)
-        _, u = _numerics.norm_and_unit(A)
-        part = _numerics.orthogonal_part(M, u)
+        part = _numerics.orthogonal_part(M, A)
         result = _numerics.map_wide(lambda A, part: A - gamma * part, A, part)
         return result, GAMState(outer_state, inner_state)
 

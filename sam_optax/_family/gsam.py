@@ -59,8 +59,7 @@ def surrogate_gap(alpha: jax.typing.ArrayLike = 0.4) -> optax.GradientTransforma
         descent_grad_fn: GradFn | None = None,
     ) -> optax.Updates:
         clean = of_the_descent(clean, params, grad_fn, descent_grad_fn)
-        _, u = _numerics.norm_and_unit(perturbed)
-        gap = _numerics.orthogonal_part(clean, u)
+        gap = _numerics.orthogonal_part(clean, perturbed)
         return _numerics.map_wide(lambda g_s, part: g_s - alpha * part, perturbed, gap)
 
     return stateless(combine)

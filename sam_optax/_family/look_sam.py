@@ -53,8 +53,7 @@ def keep_orthogonal() -> optax.GradientTransformationExtraArgs:
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.Updates]:
         del params, extra_args
-        _, u = _numerics.norm_and_unit(clean)
-        part = _numerics.orthogonal_part(updates, u)
+        part = _numerics.orthogonal_part(updates, clean)
         # Where g_s is parallel to g the rest is rounding, which its norm would blow up.
         length, direction = _numerics.norm_and_unit(part)
         whole, _ = _numerics.norm_and_unit(updates)

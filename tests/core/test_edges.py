@@ -191,6 +191,17 @@ def test_one_bad_entry_of_a_sharded_gradient_is_seen(bad, place):
     jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("clean_size", [1e-30, 1.0, 1e30])
+def test_the_orthogonal_part_at_the_ends_of_float32(size, clean_size):
+    """A product of two such numbers is none of float32."""
+    keep = sam_optax.keep_orthogonal()
+    perturbed, clean = size * jnp.array([2.0, 3.0, -1.0]), clean_size * jnp.array([2.0, 0.0, 1.0])
+    _, kept = keep.update(perturbed, jnp.zeros(3), clean=clean)
+    expected = np.array([2.0, 3.0, -1.0]) - 3 / 5 * np.array([2.0, 0.0, 1.0])
+    np.testing.assert_allclose(kept, expected / np.linalg.norm(expected), rtol=1e-6)
+
+
 @pytest.mark.parametrize("where", ["a group", "a device"])
 def test_one_bad_group_of_several_is_seen_by_all(where):
     """The mean over groups is not finite, and a guard around the optimizer skips the step."""

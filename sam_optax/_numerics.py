@@ -99,24 +99,28 @@ def key_stream(key: int | jax.Array) -> tuple[Callable[[], jax.Array], Callable[
     return first, draw
 
 
-def keep_if_nonfinite(gradient: Any, new: Any, old: Any) -> Any:
+def keep_if_nonfinite(gradient: Any, new: Any, old: Any, by_norm: bool = False) -> Any:
     """The new memory, or the old one if the gradient is not finite.
 
     A guard that skips a non-finite step leaves what stands before it in the
     chain as it is; an average would never forget the step.
     """
-    finite = all_finite(gradient)
+    finite = all_finite(gradient, by_norm)
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
 
-def all_finite(tree: Any) -> Any:
+def all_finite(tree: Any, by_norm: bool = False) -> Any:
     """Whether all entries that are perturbed are finite.
 
-    By their norm, which a step often has anyway and which is quicker on a CPU than
-    `jnp.isfinite` of each; over devices a maximum would not do, it may leave a NaN out.
+    By their norm a CPU is quicker, but keeps the tree until it has that. Not by the
+    largest entry: of a sharded array the maximum over devices may leave a NaN out.
     """
     leaves = [x for x in jax.tree.leaves(tree) if is_perturbable(x)]
-    return jnp.isfinite(factor_and_norm(leaves)[1]) if leaves else True
+    if not leaves:
+        return True
+    if by_norm:
+        return jnp.isfinite(factor_and_norm(leaves)[1])
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
 
 
 def random_normal(key: jax.Array, tree: Any) -> Any:

@@ -60,7 +60,7 @@ def keep_orthogonal() -> optax.GradientTransformationExtraArgs:
         rounding = [jnp.finfo(x.dtype).eps for x in _numerics.perturbable_part(state)[0]]
         noise = 10 * max(rounding, default=0.0) * whole
         new = _numerics.map_wide(lambda kept, d: jnp.where(length > noise, d, 0), state, direction)
-        return updates, _numerics.keep_if_nonfinite(updates, new, state)
+        return updates, _numerics.keep_if_nonfinite(updates, new, state, by_norm=True)
 
     return transformation(optax.tree.zeros_like, update)
 

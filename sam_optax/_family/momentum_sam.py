@@ -129,7 +129,8 @@ def keep_momentum(momentum: jax.typing.ArrayLike = 0.9) -> optax.GradientTransfo
     ) -> tuple[optax.Updates, MomentumState]:
         del params, extra_args
         new = _numerics.map_wide(lambda v, g: momentum * v + g, state.momentum, updates)
-        return updates, MomentumState(_numerics.keep_if_nonfinite(updates, new, state.momentum))
+        kept = _numerics.keep_if_nonfinite(updates, new, state.momentum, by_norm=True)
+        return updates, MomentumState(kept)
 
     return transformation(lambda params: MomentumState(optax.tree.zeros_like(params)), update)
 

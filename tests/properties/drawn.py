@@ -63,6 +63,7 @@ class Leaf(NamedTuple):
 
 
 FLOATS = ["float32", "float16", "bfloat16", "complex64"]
+DOUBLES = ["float64", "complex128", "float32", "bfloat16"]  # where JAX has 64 bits
 OTHERS = ["int32", "bool", "uint8", "int8"]
 # Few, so that programs of one operation are compiled once for many examples.
 SHAPES = [(2, 3), (3,), (), (1,), (2, 1, 2)]
@@ -215,6 +216,10 @@ NORMALIZATIONS = {
     "filterwise": sam_optax.filterwise(0.01, normalize_bias=True),
     "filterwise(0)": sam_optax.filterwise(0.0),
     "layerwise": sam_optax.layerwise(0.0, normalize_bias=True),
+    "a user's, of numbers": lambda params: jax.tree.map(lambda w: 0.3, params),
+    "a user's, of columns": lambda params: jax.tree.map(
+        lambda w: 1.0 + jnp.arange(np.shape(w)[-1], dtype="float32") if np.ndim(w) else 2.0, params
+    ),
 }
 
 

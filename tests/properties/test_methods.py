@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn import (
+    DOUBLES,
     ORDINARY,
     Problem,
     compositions,
@@ -51,11 +52,7 @@ def all_finite(tree):
     )
 
 
-@examples(120)
-@given(st.data())
-def test_a_step_keeps_structure_dtypes_state_and_what_it_was_given(data):
-    problem = data.draw(problems())
-    method = data.draw(methods(params=problem.params))
+def keeps_the_contract(problem, method):
     tx = method.build()
     state = tx.init(problem.params)
     before = copied((problem.params, problem.gradient, state))
@@ -66,6 +63,20 @@ def test_a_step_keeps_structure_dtypes_state_and_what_it_was_given(data):
         jax.tree.map(like, problem.params, updates)
         assert layout(state) == outline
     assert_same((problem.params, problem.gradient, tx.init(problem.params)), before)
+
+
+@examples(120)
+@given(st.data())
+def test_a_step_keeps_structure_dtypes_state_and_what_it_was_given(data):
+    problem = data.draw(problems())
+    keeps_the_contract(problem, data.draw(methods(params=problem.params)))
+
+
+@examples(60)
+@given(st.data())
+def test_a_step_keeps_them_in_64_bits(x64, data):
+    problem = data.draw(problems(dtypes=DOUBLES))
+    keeps_the_contract(problem, data.draw(methods(params=problem.params)))
 
 
 @examples(40)

@@ -162,8 +162,8 @@ def heights(rows: Rows) -> dict[str, np.ndarray]:
 
 
 def frontier(rows: Rows, ratios: Ratios, height: dict[str, np.ndarray]) -> list[str]:
-    """The methods that none beats in both cost and gain."""
-    best, names = -np.inf, []
+    """The methods that none beats in both cost and gain, the plain optimizer included."""
+    best, names = 0.0, []
     methods = [row for row in rows if not row["method"].startswith("plain")]
     for row in sorted(methods, key=lambda row: (cost(row, ratios), -height[row["method"]][0])):
         if height[row["method"]][0] > best:
@@ -198,7 +198,7 @@ def draw(title: str, rows: Rows, ratios: Ratios, path: str) -> None:
         place = {"transform": axis.get_yaxis_transform(), "ha": "left", "va": "bottom"}
         axis.text(0.005, level, label, color="0.4", size=8, **place)
     line = [(cost(r, ratios), height[r["method"]][0]) for r in rows if r["method"] in front]
-    axis.step(*np.reshape(line, (-1, 2)).T, where="post", color=BLUE, lw=1, alpha=0.4)
+    axis.step(*np.transpose([(1.0, 0.0), *line]), where="post", color=BLUE, lw=1, alpha=0.4)
     names.set_axis_off()
     named = 0
     for number, row in enumerate(rows, 1):

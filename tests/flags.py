@@ -118,7 +118,7 @@ def pytest_runtest_logreport(report):
 # --- the command ---
 
 
-def run(mode, arguments):
+def run(mode, arguments, cache):
     """(seconds, passed, [(test, whose, message)]) of one mode."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report"
@@ -126,6 +126,9 @@ def run(mode, arguments):
         paths = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | MODES[mode] | {"FLAGS_REPORT": str(report)}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        # Many modes compile the same programs.
+        environment |= {"JAX_COMPILATION_CACHE_DIR": cache}
+        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         command = [sys.executable, "-m", "pytest", "-p", "flags", "-q", "--tb=no", "-n", "2"]
         command += ["-m", "not examples", "-p", "no:cacheprovider"]
         # With -O only the assertions that pytest rewrites are there: those of the tests.
@@ -155,11 +158,11 @@ def main(arguments):
         modes, rest = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
     else:
         modes, rest = arguments, []
-    unexpected = []
+    unexpected, cache = [], tempfile.TemporaryDirectory()
     print("| mode | passed | library | expected | tests and others | minutes |")
     print("|---|---|---|---|---|---|")
     for mode in modes or MODES:
-        seconds, passed, failures = run(mode, rest)
+        seconds, passed, failures = run(mode, rest, cache.name)
         ours = [f for f in failures if f[1] == "library"]
         new = [f for f in ours if reason(mode, f[0], f[2]) is None]
         unexpected += [(mode, *f) for f in new]

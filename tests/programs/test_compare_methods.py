@@ -202,6 +202,9 @@ def test_shares_have_intervals_and_no_gain_has_no_share():
     below, low, high = report.heights(noise)["half"]
     assert below == pytest.approx(1.0) and 0.5 < low < below < high < 1.5
     assert report.frontier(noise, {}, report.heights(noise)) == ["half"]
+    noise[2]["errors"] = [e + 1 for e in PLAIN]  # no better than what costs nothing more
+    report.judged(noise)
+    assert report.frontier(noise, {}, report.heights(noise)) == ["sam"]
     assert report.heights([plain, sam, row])["half"] == pytest.approx([50, 100 * low_, 100 * high_])
 
 

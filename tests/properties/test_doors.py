@@ -86,7 +86,7 @@ def arrays(tree):
 
 
 @pytest.mark.parametrize("door", DOORS)
-@examples(15)
+@examples(8)
 @given(st.data())
 def test_the_first_door(door, data):
     problem = data.draw(problems(sizes=ORDINARY, dtypes=DTYPES))
@@ -101,7 +101,7 @@ def test_the_first_door(door, data):
 
 
 @pytest.mark.parametrize("door", DOORS)
-@examples(15)
+@examples(8)
 @given(st.data())
 def test_the_second_door(door, data):
     """With the memory of methods, over two steps."""

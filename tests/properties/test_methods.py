@@ -65,14 +65,14 @@ def keeps_the_contract(problem, method):
     assert_same((problem.params, problem.gradient, tx.init(problem.params)), before)
 
 
-@examples(120)
+@examples(90)
 @given(st.data())
 def test_a_step_keeps_structure_dtypes_state_and_what_it_was_given(data):
     problem = data.draw(problems())
     keeps_the_contract(problem, data.draw(methods(params=problem.params)))
 
 
-@examples(60)
+@examples(30)
 @given(st.data())
 def test_a_step_keeps_them_in_64_bits(x64, data):
     problem = data.draw(problems(dtypes=DOUBLES))

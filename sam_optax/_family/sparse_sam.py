@@ -90,7 +90,7 @@ def largest_entries(
 
         mask = jax.lax.cond(state.count % every == 0, refreshed, lambda: state.mask)
         sparse = _numerics.map_wide(
-            lambda e, m: jnp.where((m > 0) | jnp.isnan(e), e, 0), updates, mask
+            lambda e, m: jnp.where((m > 0) | ~jnp.isfinite(e), e, 0), updates, mask
         )
         return sparse, LargestEntriesState(optax.safe_increment(state.count), mask)
 

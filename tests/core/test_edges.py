@@ -169,6 +169,16 @@ def test_the_mask_of_a_bad_step_is_not_kept(bad):
     np.testing.assert_array_equal(last.mask["a"], [False, True, False, True])
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_entry_outside_of_the_mask_is_seen(bad):
+    """As a filter before an ascent, in a step that keeps the mask of before."""
+    ascent = optax.chain(sam_optax.largest_entries(0.5, every=2), sam_optax.dual_ascent(0.1))
+    grads = jnp.array([4.0, 1.0])
+    _, state = ascent.update(grads, ascent.init(grads), grads)
+    e, _ = ascent.update(grads.at[1].set(bad), state, grads)
+    assert np.isnan(e).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("place", [0, 5])
 def test_one_bad_entry_of_a_sharded_gradient_is_seen(bad, place):

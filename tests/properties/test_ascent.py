@@ -64,7 +64,7 @@ def is_the_equation(data, problem, rounding):
     if callable(mask):
         chosen = mask(params)
     elif mask is None or isinstance(mask, bool):
-        chosen = jax.tree.map(lambda w: mask is None, params)
+        chosen = jax.tree.map(lambda w: mask is not False, params)
     else:
         chosen = mask
     rows = zip(*map(jax.tree.leaves, (params, chosen, T, grads, e)), strict=True)

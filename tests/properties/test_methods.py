@@ -132,7 +132,7 @@ def test_a_zero_gradient_moves_nothing(data):
     problem = data.draw(problems(sizes=["zero"]))
     problem.curvature = 1.0
     method = data.draw(methods(params=problem.params))
-    if not method.uses_clean or method.name == "draws":
+    if not method.uses_clean or method.name in ("draws", "tilted"):  # of random perturbations
         return
     tx, points = method.build(), []
 

@@ -186,7 +186,7 @@ def _slerp(start: Any, end: Any, place: jax.typing.ArrayLike) -> Any:
     total, _ = _numerics.norm_and_unit(_numerics.map_wide(jnp.add, end, start))
     angle = 2 * jnp.arctan2(difference, total)
     sine = jnp.sin(angle)
-    parallel = sine < 1e-8
+    parallel = sine < 10 * jnp.finfo(sine.dtype).eps  # of opposite ones the rest is rounding
     divisor = jnp.where(parallel, 1, sine)
     a = jnp.where(parallel, 1 - place, jnp.sin((1 - place) * angle) / divisor)
     b = jnp.where(parallel, place, jnp.sin(place * angle) / divisor)

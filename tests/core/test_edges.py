@@ -261,13 +261,15 @@ def test_two_threads_share_one_transformation(name):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("turn", [1.0, -1.0])
-def test_the_arc_between_parallel_directions(alpha, turn):
-    """There is none: a straight line, without a division by sin(0)."""
+@pytest.mark.parametrize("rounding", [0.0, 4e-7])
+def test_the_arc_between_parallel_directions(alpha, turn, rounding):
+    """There is none: a straight line, without a division by sin(0), or by what rounding left."""
     clean = jnp.array([3.0, 4.0])
     rule = sam_optax.arc(alpha)
     with jax.debug_nans(True):
+        perturbation = clean / 9 * jnp.array([1.0, 1 + rounding])
         out, _ = rule.update(
-            2 * turn * clean, rule.init(clean), clean=clean, perturbation=clean / 9
+            2 * turn * clean, rule.init(clean), clean=clean, perturbation=perturbation
         )
     expected = 2 * clean * ((1 - alpha) + alpha * turn)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)

@@ -5,9 +5,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
-from sam_optax import _checks
+from sam_optax import _checks, _numerics
 
 _GIVEN = (
     "this rule needs it; sharpness_aware gives clean, perturbation and grad_fn to its descent, "
@@ -91,6 +92,17 @@ def rule(given: optax.GradientTransformation) -> optax.GradientTransformationExt
     """A rule that takes extra arguments, and names the one that it needs and does not get."""
     given = optax.with_extra_args_support(given)
     return transformation(given.init, given.update)
+
+
+def turned(given: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """A rule whose result has the other sign."""
+    given = optax.with_extra_args_support(given)
+
+    def update(*args: Any, **extra_args: Any) -> tuple[optax.Updates, optax.OptState]:
+        result, state = given.update(*args, **extra_args)
+        return _numerics.map_wide(jnp.negative, result), state
+
+    return optax.GradientTransformationExtraArgs(given.init, update)
 
 
 def _required(fn: Callable[..., Any]) -> list[str]:

@@ -7,7 +7,7 @@ import optax
 
 from sam_optax import _checks, _numerics
 from sam_optax._ascent import dual_ascent
-from sam_optax._rules import transformation
+from sam_optax._rules import transformation, turned
 from sam_optax._sharing import kept_by, sharing
 from sam_optax._sharpness_aware import sharpness_aware
 from sam_optax._types import Mask, Normalization
@@ -54,10 +54,7 @@ def along_momentum() -> optax.GradientTransformationExtraArgs:
     Note:
       No gradient evaluation; the gradient given is not looked at.
     """
-    return _momentum_times(-1)
 
-
-def _momentum_times(sign: int) -> optax.GradientTransformationExtraArgs:
     def update(
         updates: optax.Updates,
         state: Any,
@@ -70,24 +67,9 @@ def _momentum_times(sign: int) -> optax.GradientTransformationExtraArgs:
         del params, extra_args
         states = {"descent": descent_state, "base": base_state}
         momentum = kept_by(("momentum", "trace", "mu"), states, updates)
-        return _numerics.map_wide(lambda g, v: sign * v, updates, momentum), state
+        return _numerics.map_wide(lambda g, v: -v, updates, momentum), state
 
     return transformation(lambda params: optax.EmptyState(), update)
-
-
-def _against_momentum(
-    ascent: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-    """`along_momentum` before an ascent that is odd, to the bit, with a pass less.
-
-    The sign is given to e and not to v: of -v XLA would make a copy for the norm.
-    """
-
-    def update(*args: Any, **extra_args: Any) -> tuple[optax.Updates, optax.OptState]:
-        e, state = ascent.update(*args, **extra_args)
-        return _numerics.map_wide(lambda x: -x, e), state
-
-    return optax.chain(_momentum_times(1), transformation(ascent.init, update))
 
 
 def keep_momentum(momentum: jax.typing.ArrayLike = 0.9) -> optax.GradientTransformationExtraArgs:
@@ -191,7 +173,7 @@ def momentum_sam(
       which count where a gradient is cheap.
     """
     ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
-    return sharpness_aware(_against_momentum(ascent), keep_momentum(momentum))
+    return sharpness_aware(_before(ascent), keep_momentum(momentum))
 
 
 def shared_momentum_sam(
@@ -254,4 +236,13 @@ def shared_momentum_sam(
       the momentum. A momentum that is not finite stays so, as it does in base.
     """
     ascent = dual_ascent(rho, p=p, normalization=normalization, mask=mask)
-    return sharing(sharpness_aware(_against_momentum(ascent)), base)
+    return sharing(sharpness_aware(_before(ascent)), base)
+
+
+def _before(ascent: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`along_momentum` before an ascent that is odd; the same to the bit, with a pass less.
+
+    Of -v XLA makes a copy, to take the norm of. The sign of v leaves it alone,
+    and that of e is part of w + e.
+    """
+    return optax.chain(turned(along_momentum()), turned(ascent))

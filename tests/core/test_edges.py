@@ -275,6 +275,22 @@ def test_the_arc_between_parallel_directions(alpha, turn, rounding):
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("p", [1.5, 2.0, 3.0])
+def test_the_derivative_at_a_zero_entry_with_a_traced_order(x64, p):
+    """Where |x|^(q-1) has the slope 0, 1 or infinity, for which 0 is taken."""
+
+    def jacobian(p):
+        def e(g):
+            ascent = sam_optax.dual_ascent(0.1, p=p)
+            return ascent.update(g, ascent.init(g))[0]
+
+        return jax.jacobian(e)(jnp.array([3.0, 0.0, 4.0]))
+
+    found = jax.jit(jacobian)(p)
+    assert found[1, 1] == pytest.approx(0.1 / 5 if p == 2 else 0)
+    np.testing.assert_allclose(found, jacobian(p), rtol=1e-12, atol=1e-15)
+
+
 # --- meshes ---
 
 

@@ -195,10 +195,15 @@ def test_one_bad_entry_of_a_sharded_gradient_is_seen(bad, place):
     _, before = jax.jit(keep.update)(good, keep.init(good))
     _, after = jax.jit(keep.update)(grads, before)
     np.testing.assert_array_equal(after.mask, before.mask)
-    average = sam_optax.running_average(0.9)
-    _, before = jax.jit(average.update)(good, average.init(good))
-    _, after = jax.jit(average.update)(grads, before)
-    jax.tree.map(np.testing.assert_array_equal, after, before)
+    for memory in (
+        sam_optax.running_average(0.9),
+        sam_optax.keep_momentum(0.9),
+        sam_optax.keep_orthogonal(),
+    ):
+        update = jax.jit(functools.partial(memory.update, clean=jnp.sin(good)))
+        _, before = update(good, memory.init(good))
+        _, after = update(grads, before)
+        jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
